@@ -1,0 +1,456 @@
+// SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
+// Step 3: choose the backend of a client's packet. By ring alone where that is right, else by the tables.
+#pragma once
+
+#include "clock.h"
+#include "connections.h"
+#include "ports.h"
+#include "ring.h"
+#include "track.h"
+
+#define NEW_TRIES 4 // slots tried for a new connection whose own slot's backend can't be reached
+
+// choice is the answer of a global function, so plain values again.
+struct choice {
+	__u32 backend;
+	__u16 source; // fullnat
+	__be16 source_port;
+	__u32 new;
+};
+
+// stateless tells the methods whose packets from clients need nothing but the backend's name.
+static __always_inline bool stateless(__u8 method)
+{
+	return method == METHOD_DSR || method == METHOD_IPIP || method == METHOD_GUE;
+}
+
+#define SLOT_ABSENT 0xffffffffU // no such ring
+
+static __always_inline __u32 slot_at(const struct service *service, __u32 slot)
+{
+	__u32 *word = ring_entry(service, slot);
+
+	return word ? *(volatile __u32 *)word : SLOT_ABSENT;
+}
+
+static __always_inline __u32 slot_look(const struct flow *flow, const struct service *service)
+{
+	return slot_at(service, ring_slot(flow, service));
+}
+
+// connection_insert puts a connection into the connection table. An entry that is to differ from its slot has its
+// exception bit first. False: there is no room, as counted.
+__noinline int connection_insert(struct flow *flow, struct half_open *from, struct service *service, __u32 state,
+				 __u32 now)
+{
+	struct control_block *ctl = control_get();
+	struct bitmap_set *bits = bitmaps_get();
+	struct scratch *room = scratch_get();
+	struct connection *value, *old;
+	long failed;
+
+	if (!flow || !from || !service || !ctl || !bits || !room)
+		return false;
+	if (!room_left(ctl)) {
+		count_event(EVENT_TABLE_FULL);
+		return false;
+	}
+	if (state & STATE_YOUNG && ctl->young >= (__s64)young_budget) {
+		count_event(EVENT_YOUNG_LIMITED);
+		return false;
+	}
+	value = &room->connection;
+	__builtin_memset(value, 0, sizeof(*value));
+	value->backend = from->backend;
+	value->generation = from->generation;
+	value->tag = tag_of(flow->hash);
+	value->seen = now;
+	value->state = state;
+	value->source = from->source;
+	value->source_port = from->source_port;
+	value->sequence_end = flow->flags & TCP_FIN ? flow->sequence_end - 1 : flow->sequence_end;
+	value->acknowledgement = flow->acknowledgement;
+	value->hop = from->hop;
+	value->service = from->service;
+	value->opened = from->first;
+	value->base_sequence = from->client_sequence[1];
+	value->base_acknowledgement = flow->acknowledgement;
+
+	if ((slot_look(flow, service) & SLOT_BACKEND) != value->backend)
+		exception_note(ctl, bits, flow->hash);
+	// An entry in the way is one whose backend is gone; nothing else lets a half-open connection rise beside it.
+	old = connection_find(flow->family, &flow->tuple, flow->hash);
+	if (old) {
+		if (old->generation == from->generation)
+			return true;
+		connection_remove(flow, old->generation);
+	}
+	if (flow->family == FAMILY_IPV4)
+		failed = bpf_map_update_elem(&connections4, &flow->tuple.v4, value, BPF_NOEXIST);
+	else
+		failed = bpf_map_update_elem(&connections6, &flow->tuple.v6, value, BPF_NOEXIST);
+	if (failed == -EEXIST) // another CPU was first, with a packet of the same connection
+		return true;
+	if (failed) {
+		count_event(EVENT_INSERT_FAILED);
+		return false;
+	}
+	__sync_fetch_and_add(&ctl->connections, 1);
+	if (state & STATE_YOUNG)
+		__sync_fetch_and_add(&ctl->young, 1);
+	count_event(EVENT_CONFIRMED);
+	return true;
+}
+
+// half_paired looks up the way back of a half-open connection, and whether both entries are of one kind; false: its
+// port was taken from it. The way back's tuple and value are left in the scratch room.
+__noinline int half_paired(struct flow *flow, struct half_open *half)
+{
+	struct scratch *room = scratch_get();
+	struct backend *backend;
+	struct way_back *back;
+
+	if (!flow || !half || !room)
+		return false;
+	backend = backend_get(half->backend);
+	if (!backend || !reply_tuple(flow->family, backend, half->source, half->source_port, &room->port.reply))
+		return false;
+	back = half_reply_find(flow->family, &room->port.reply, NULL);
+	if (!back || back->generation != half->generation)
+		return false;
+	room->back = *back;
+	return true;
+}
+
+// confirm lets a half-open connection into the connection table, and then takes it out of the half-open one.
+__noinline int confirm(struct flow *flow, struct half_open *half, struct service *service, __u32 state, __u32 now)
+{
+	struct backend *backend;
+	struct scratch *room = scratch_get();
+	int failed;
+
+	if (!flow || !half || !service || !room)
+		return false;
+	if (!use_fullnat || !half->source_port) {
+		if (!connection_insert(flow, half, service, state, now))
+			return false;
+		half_open_remove(flow->family, &flow->tuple);
+		return true;
+	}
+
+	backend = backend_get(half->backend);
+	if (!backend || !half_paired(flow, half) || !connection_insert(flow, half, service, state, now))
+		return false;
+	failed = reply_insert(&room->port.reply, flow, &room->back, false);
+	if (failed && failed != -EEXIST) {
+		connection_remove(flow, half->generation);
+		count_event(EVENT_INSERT_FAILED);
+		return false;
+	}
+	half_open_remove(flow->family, &flow->tuple);
+	BY_FAMILY(flow->family, &room->port.reply, half_replies4, half_replies6, bpf_map_delete_elem);
+	ports_look_after(backend, room->back.pool, now);
+	return true;
+}
+
+// established is a packet whose connection is in the connection table.
+static __always_inline enum verdict established(const struct flow *flow, const struct service *service,
+						struct connection *conn, __u32 now, struct choice *choice)
+{
+	struct control_block *ctl = control_get();
+	struct bitmap_set *bits = bitmaps_get();
+	__u32 word;
+
+	choice->backend = conn->backend;
+	choice->source = conn->source;
+	choice->source_port = conn->source_port;
+	if (!ctl || !bits)
+		return FORWARD_TABLE;
+	if (flow->flags & TCP_SYN) {
+		// A SYN on a living connection, a spoofed one or a reused tuple: it goes where the connection is.
+		fresh_clear(ctl, bits, flow->hash);
+		return FORWARD_TABLE;
+	}
+	track_client(ctl, bits, conn, flow, now);
+	if (conn->source_port) {
+		// Replies go back by the hop this packet came from.
+		if (*(__u32 *)conn->hop.mac != *(__u32 *)flow->from.mac ||
+		    *(__u16 *)&conn->hop.mac[4] != *(__u16 *)&flow->from.mac[4] ||
+		    conn->hop.ifindex != flow->from.ifindex)
+			conn->hop = flow->from;
+	}
+	if (!(service->flags & SERVICE_RING_FIRST))
+		return FORWARD_TABLE;
+	word = slot_look(flow, service);
+	if ((word & SLOT_BACKEND) == conn->backend) {
+		if (conn->state == STATE_STATELESS)
+			fresh_set(ctl, bits, flow->hash);
+	} else if (!(word & SLOT_UNSETTLED) && !exception_test(ctl, bits, flow->hash)) {
+		exception_note(ctl, bits, flow->hash);
+		count_event(EVENT_RESOLVED_SELF);
+	}
+	return FORWARD_TABLE;
+}
+
+// half_opened is a packet whose connection is not confirmed yet; it may be what confirms it.
+static __always_inline enum verdict half_opened(struct flow *flow, struct service *service, struct half_open *half,
+						__u32 now, struct choice *choice)
+{
+	struct control_block *ctl = control_get();
+	struct bitmap_set *bits = bitmaps_get();
+	struct connection *conn;
+	__u32 state = 0;
+
+	choice->backend = half->backend;
+	choice->source = half->source;
+	choice->source_port = half->source_port;
+	if (!ctl || !bits || flow->flags & TCP_RST)
+		return FORWARD_HALF_OPEN;
+	if (flow->flags & TCP_SYN) {
+		fresh_clear(ctl, bits, flow->hash);
+		half->client_sequence[1] = flow->sequence + 1;
+		return FORWARD_HALF_OPEN;
+	}
+	if (half->source_port) {
+		// The backend's SYN-ACK, then the client's matching ACK. What a backend may have sent with TCP Fast
+		// Open (RFC 7413) fits into the window.
+		if (!(half->state & HALF_SYN_ACK) || flow->acknowledgement - half->backend_sequence > 0xffff)
+			return FORWARD_HALF_OPEN;
+	} else {
+		// No replies to be seen: the client's ACK behind its own SYN makes a young entry, and numbers that have
+		// both moved on since make a grown one.
+		if (flow->sequence - half->client_sequence[0] > 0xffff &&
+		    flow->sequence - half->client_sequence[1] > 0xffff)
+			return FORWARD_HALF_OPEN;
+		state = STATE_STATELESS | STATE_YOUNG;
+		if (half->state & HALF_ACK && flow->sequence_end != half->client_sequence[1] &&
+		    flow->acknowledgement != half->base_acknowledgement)
+			state = STATE_STATELESS;
+		half->base_acknowledgement = flow->acknowledgement;
+		half->state |= HALF_ACK;
+	}
+	if (confirm(flow, half, service, state, now) && flow->flags & TCP_FIN) {
+		conn = connection_find(flow->family, &flow->tuple, flow->hash);
+		if (conn)
+			track_client(ctl, bits, conn, flow, now);
+	}
+	return FORWARD_HALF_OPEN;
+}
+
+static __always_inline bool takes_new(const struct backend *backend)
+{
+	return (backend->flags & (BACKEND_UP | BACKEND_NEIGHBOR | BACKEND_LEAVING)) == (BACKEND_UP | BACKEND_NEIGHBOR);
+}
+
+// opening is a SYN of a connection nobody knows.
+__noinline int opening(struct flow *flow, struct service *service, struct choice *choice)
+{
+	__u32 now = clock_now();
+	struct control_block *ctl = control_get();
+	struct bitmap_set *bits = bitmaps_get();
+	struct backend *backend = NULL;
+	struct scratch *room = scratch_get();
+	struct half_open *half;
+	bool any = false;
+	__u64 hash;
+
+	if (!flow || !service || !choice || !ctl || !bits || !room)
+		return DROP_NO_RING;
+	half = &room->half;
+	__builtin_memset(half, 0, sizeof(*half));
+	fresh_clear(ctl, bits, flow->hash);
+	if (service->flags & SERVICE_LEAVING)
+		return RESET_LEAVING;
+	hash = flow->hash;
+	for (int i = 0; i < NEW_TRIES; i++) {
+		__u32 word;
+
+		if (i == 0) {
+			word = slot_look(flow, service);
+		} else {
+			hash = hash_finish(hash + i);
+			word = slot_at(service, slot_of(hash, service->ring_size));
+		}
+		if (word == SLOT_ABSENT)
+			return DROP_NO_RING;
+		half->backend = word & SLOT_BACKEND;
+		if (half->backend == SLOT_NONE)
+			continue;
+		any = true;
+		backend = backend_get(half->backend);
+		if (backend && takes_new(backend))
+			break;
+		backend = NULL;
+	}
+	if (!backend)
+		return any ? DROP_NO_NEIGHBOR : RESET_NO_BACKEND;
+
+	half->generation = generation_next();
+	half->tag = tag_of(flow->hash);
+	half->first = now;
+	half->client_sequence[0] = half->client_sequence[1] = flow->sequence + 1;
+	half->service = service->id;
+	half->hop = flow->from;
+	if (use_fullnat && backend->method == METHOD_FULLNAT) {
+		if (!room_left(ctl)) {
+			count_event(EVENT_TABLE_FULL);
+			return RESET_TABLE_FULL;
+		}
+		if (!port_take(backend, flow->hash >> 20, now, &room->port))
+			return RESET_NO_PORT;
+		__builtin_memset(&room->back, 0, sizeof(room->back));
+		room->back.generation = half->generation;
+		room->back.first = now;
+		room->back.pool = room->port.pool;
+		if (reply_insert(&room->port.reply, flow, &room->back, true))
+			return RESET_TABLE_FULL;
+		half->source = room->port.source;
+		half->source_port = room->port.port;
+	}
+	if (flow->family == FAMILY_IPV4)
+		bpf_map_update_elem(&half_open4, &flow->tuple.v4, half, BPF_ANY);
+	else
+		bpf_map_update_elem(&half_open6, &flow->tuple.v6, half, BPF_ANY);
+	choice->backend = half->backend;
+	choice->source = half->source;
+	choice->source_port = half->source_port;
+	choice->new = true;
+	return FORWARD_NEW;
+}
+
+// adoption_allowed spends one of this tick's adoptions.
+static __always_inline bool adoption_allowed(__u32 now)
+{
+	__u32 zero = 0;
+	struct adoption *adoption = bpf_map_lookup_elem(&adoptions, &zero);
+
+	if (!adoption)
+		return false;
+	if (adoption->tick != now) {
+		adoption->tick = now;
+		adoption->left = adoptions_a_tick;
+	}
+	if (!adoption->left)
+		return false;
+	adoption->left--;
+	return true;
+}
+
+// unknown is a packet in mid-connection that no table knows: the ring decides, where its method can do without more.
+__noinline int unknown(struct flow *flow, struct service *service, struct choice *choice)
+{
+	__u32 now = clock_now();
+	struct scratch *room = scratch_get();
+	struct half_open *as;
+	struct backend *backend;
+	__u32 word;
+
+	if (!flow || !service || !choice || !room)
+		return DROP_NO_RING;
+	word = slot_look(flow, service);
+	if (word == SLOT_ABSENT)
+		return DROP_NO_RING;
+	choice->backend = word & SLOT_BACKEND;
+	backend = backend_get(choice->backend);
+	if (!backend)
+		return RESET_NO_BACKEND;
+	if (!stateless(backend->method))
+		return RESET_UNKNOWN;
+	if (flow->flags & (TCP_FIN | TCP_RST))
+		return FORWARD_UNKNOWN;
+	if (!adoption_allowed(now)) {
+		count_event(EVENT_ADOPTION_LIMITED);
+		return FORWARD_UNKNOWN;
+	}
+	as = &room->half;
+	__builtin_memset(as, 0, sizeof(*as));
+	as->backend = choice->backend;
+	as->generation = generation_next();
+	as->service = service->id;
+	as->first = now;
+	as->client_sequence[1] = flow->sequence_end;
+	as->hop = flow->from;
+	return connection_insert(flow, as, service, STATE_STATELESS | STATE_YOUNG, now) ? FORWARD_ADOPTED
+											: FORWARD_UNKNOWN;
+}
+
+// backend_lost is a packet of a connection whose backend is down: the service's policy decides.
+static __always_inline enum verdict backend_lost(struct flow *flow, struct service *service, struct connection *conn,
+						 __u32 now, struct choice *choice)
+{
+	struct backend *backend;
+	__u32 word;
+
+	if (service->on_backend_down == DOWN_REHASH && !conn->source_port) {
+		word = slot_look(flow, service) & SLOT_BACKEND;
+		backend = backend_get(word);
+		if (backend && stateless(backend->method) && backend->flags & BACKEND_UP)
+			conn->backend = word;
+	} else if (service->on_backend_down != DOWN_KEEP) {
+		return RESET_BACKEND_DOWN;
+	}
+	return established(flow, service, conn, now, choice);
+}
+
+#define NOT_IN_TABLES VERDICT_COUNT
+
+// by_tables asks the connection table, then the half-open one. An entry whose backend is down gives way to a newer
+// half-open one, and to a SYN; else the service's policy for backends that are down is what is left. NOT_IN_TABLES: the
+// ring has to decide.
+__noinline int by_tables(struct flow *flow, struct service *service, struct choice *choice)
+{
+	__u32 now = clock_now();
+	struct connection *conn;
+	struct backend *backend;
+	struct half_open *half;
+
+	if (!flow || !service || !choice)
+		return DROP_NO_RING;
+	conn = connection_find(flow->family, &flow->tuple, flow->hash);
+	if (conn) {
+		backend = backend_get(conn->backend);
+		if (backend && backend->flags & BACKEND_UP)
+			return established(flow, service, conn, now, choice);
+	}
+	half = half_open_find(flow->family, &flow->tuple, flow->hash, now);
+	if (half) {
+		backend = backend_get(half->backend);
+		if (backend && backend->flags & BACKEND_UP &&
+		    (!use_fullnat || !half->source_port || half_paired(flow, half)))
+			return half_opened(flow, service, half, now, choice);
+	}
+	if (conn && !(flow->flags & TCP_SYN))
+		return backend_lost(flow, service, conn, now, choice);
+	return NOT_IN_TABLES;
+}
+
+static __always_inline enum verdict choose(struct packet *pkt, struct service *service, struct choice *choice)
+{
+	struct flow *flow = &pkt->flow;
+	struct control_block *ctl = control_get();
+	struct bitmap_set *bits = bitmaps_get();
+	struct backend *backend;
+	__u32 verdict, word;
+
+	// A client's packet is a SYN, a RST, or carries an ACK.
+	if (flow->flags & TCP_SYN ? flow->flags & (TCP_ACK | TCP_FIN | TCP_RST) : !(flow->flags & (TCP_ACK | TCP_RST)))
+		return DROP_BAD_FLAGS;
+	// The fast path: no table is read and no clock asked.
+	if (use_dsr && service->flags & SERVICE_RING_FIRST && !(flow->flags & (TCP_SYN | TCP_FIN | TCP_RST)) && ctl &&
+	    bits) {
+		word = slot_look(flow, service);
+		if (!(word & SLOT_UNSETTLED) && !exception_test(ctl, bits, flow->hash) &&
+		    fresh_test(ctl, bits, flow->hash)) {
+			choice->backend = word & SLOT_BACKEND;
+			backend = backend_get(choice->backend);
+			if (backend && stateless(backend->method))
+				return FORWARD_RING;
+		}
+	}
+	verdict = by_tables(flow, service, choice);
+	if (verdict != NOT_IN_TABLES)
+		return verdict;
+	if (flow->flags & TCP_SYN)
+		return opening(flow, service, choice);
+	return unknown(flow, service, choice);
+}

@@ -1,0 +1,187 @@
+// SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
+// The connection table and the half-open table, there and back. What they are made of is known here and nowhere else.
+#pragma once
+
+#include <asm-generic/errno-base.h>
+
+#include "bitmaps.h"
+#include "counters.h"
+#include "maps.h"
+#include "packet.h"
+
+static __always_inline struct scratch *scratch_get(void)
+{
+	__u32 zero = 0;
+
+	return bpf_map_lookup_elem(&scratch, &zero);
+}
+
+// By family: a map of each kind.
+#define BY_FAMILY(family, tuple, map4, map6, call, ...)                                                                \
+	((family) == FAMILY_IPV4 ? call(&map4, &(tuple)->v4, ##__VA_ARGS__) : call(&map6, &(tuple)->v6, ##__VA_ARGS__))
+
+static __always_inline __u32 tag_of(__u64 hash)
+{
+	return (__u32)hash;
+}
+
+// connection_find answers NULL as well where the element was given to another key under our eyes.
+static __always_inline struct connection *connection_find(__u8 family, const union tuple *client, __u64 hash)
+{
+	struct connection *conn = BY_FAMILY(family, client, connections4, connections6, bpf_map_lookup_elem);
+
+	return conn && conn->tag == tag_of(hash) ? conn : NULL;
+}
+
+static __always_inline struct half_open *half_open_find(__u8 family, const union tuple *client, __u64 hash, __u32 now)
+{
+	struct half_open *half = BY_FAMILY(family, client, half_open4, half_open6, bpf_map_lookup_elem);
+
+	return half && half->tag == tag_of(hash) && now - half->first < half_open_life ? half : NULL;
+}
+
+static __always_inline void half_open_remove(__u8 family, const union tuple *client)
+{
+	BY_FAMILY(family, client, half_open4, half_open6, bpf_map_delete_elem);
+}
+
+// The look-ups of a way back also tell the client's tuple, to whoever wants to know it.
+#define REPLY_LOOK_UP(map4, map6)                                                                                      \
+	if (family == FAMILY_IPV4) {                                                                                   \
+		struct reply4 *entry = bpf_map_lookup_elem(&map4, &reply->v4);                                         \
+		if (!entry)                                                                                            \
+			return NULL;                                                                                   \
+		if (client)                                                                                            \
+			client->v4 = entry->client;                                                                    \
+		return &entry->back;                                                                                   \
+	}                                                                                                              \
+	struct reply6 *entry = bpf_map_lookup_elem(&map6, &reply->v6);                                                 \
+	if (!entry)                                                                                                    \
+		return NULL;                                                                                           \
+	if (client)                                                                                                    \
+		client->v6 = entry->client;                                                                            \
+	return &entry->back;
+
+static __always_inline struct way_back *reply_find(__u8 family, const union tuple *reply, union tuple *client)
+{
+	REPLY_LOOK_UP(replies4, replies6)
+}
+
+static __always_inline struct way_back *half_reply_find(__u8 family, const union tuple *reply, union tuple *client){
+	REPLY_LOOK_UP(half_replies4, half_replies6)}
+
+// reply_insert answers as bpf_map_update_elem does. (Global for its stack, which its callers need not share.)
+__noinline int reply_insert(union tuple *reply, struct flow *client, struct way_back *back, __u32 half)
+{
+	if (!reply || !client || !back)
+		return -EINVAL;
+	if (client->family == FAMILY_IPV4) {
+		struct reply4 value = {.back = *back, .client = client->tuple.v4};
+
+		return half ? bpf_map_update_elem(&half_replies4, &reply->v4, &value, BPF_ANY)
+			    : bpf_map_update_elem(&replies4, &reply->v4, &value, BPF_NOEXIST);
+	}
+	struct reply6 value = {.back = *back, .client = client->tuple.v6};
+
+	return half ? bpf_map_update_elem(&half_replies6, &reply->v6, &value, BPF_ANY)
+		    : bpf_map_update_elem(&replies6, &reply->v6, &value, BPF_NOEXIST);
+}
+
+// reply_tuple is the tuple of the packets that the backend sends back to a source address and port.
+static __always_inline bool reply_tuple(__u8 family, const struct backend *backend, __u32 source_id, __be16 source_port,
+					union tuple *reply)
+{
+	struct source *source = bpf_map_lookup_elem(&sources, &source_id);
+
+	if (!source)
+		return false;
+	__builtin_memset(reply, 0, sizeof(*reply));
+	if (family == FAMILY_IPV4) {
+		reply->v4.saddr = backend->address[0];
+		reply->v4.sport = backend->port;
+		reply->v4.daddr = source->address[0];
+		reply->v4.dport = source_port;
+	} else {
+		__builtin_memcpy(reply->v6.saddr, backend->address, sizeof(reply->v6.saddr));
+		reply->v6.sport = backend->port;
+		__builtin_memcpy(reply->v6.daddr, source->address, sizeof(reply->v6.daddr));
+		reply->v6.dport = source_port;
+	}
+	return true;
+}
+
+enum port_queue_kind {
+	PORTS_UNUSED = 0,
+	PORTS_HANDED_OUT = 1,
+};
+
+static __always_inline void *ports_of(__u32 pool, enum port_queue_kind kind)
+{
+	__u32 index = pool * 2 + kind;
+
+	return bpf_map_lookup_elem(&ports, &index);
+}
+
+// generation_next gives numbers that no living pair of entries shares: a count of each CPU's own.
+static __always_inline __u32 generation_next(void)
+{
+	__u32 zero = 0;
+	__u32 *count = bpf_map_lookup_elem(&generations, &zero);
+
+	return count ? ++*count << 8 | (bpf_get_smp_processor_id() & 0xff) : 0;
+}
+
+// room_left says whether the connection table takes one more.
+static __always_inline bool room_left(const struct control_block *ctl)
+{
+	return ctl->connections < (__s64)connection_capacity;
+}
+
+// connection_remove takes out the entry of this generation and its way back, and gives the source port back to its
+// queue. The way back goes before that: until the port is in its queue again, nobody can be given it.
+__noinline int connection_remove(struct flow *client, __u32 generation)
+{
+	struct scratch *room = scratch_get();
+	struct connection *conn;
+	struct control_block *ctl = control_get();
+	struct backend *backend;
+	struct way_back *back;
+	__u32 state, source, id, token, pool, number;
+	__be16 port;
+	void *queue;
+
+	if (!client || !ctl || !room)
+		return 0;
+	conn = connection_find(client->family, &client->tuple, client->hash);
+	if (!conn || conn->generation != generation)
+		return 0;
+	state = conn->state;
+	source = conn->source;
+	port = conn->source_port;
+	id = conn->backend;
+	if (BY_FAMILY(client->family, &client->tuple, connections4, connections6, bpf_map_delete_elem))
+		return 0;
+	__sync_fetch_and_add(&ctl->connections, -1);
+	if (state & STATE_YOUNG)
+		__sync_fetch_and_add(&ctl->young, -1);
+	count_event(EVENT_REMOVED);
+	if (!use_fullnat || !port)
+		return 1;
+
+	backend = bpf_map_lookup_elem(&backends, &id);
+	if (!backend || !reply_tuple(client->family, backend, source, port, &room->reply))
+		return 1;
+	back = reply_find(client->family, &room->reply, NULL);
+	if (!back || back->generation != generation)
+		return 1;
+	pool = back->pool;
+	token = __sync_lock_test_and_set(&back->token, TOKEN_GONE);
+	BY_FAMILY(client->family, &room->reply, replies4, replies6, bpf_map_delete_elem);
+	if (token != TOKEN_OUT)
+		return 1;
+	number = bpf_ntohs(port);
+	queue = ports_of(pool, PORTS_UNUSED);
+	if (queue)
+		bpf_map_push_elem(queue, &number, 0);
+	return 1;
+}

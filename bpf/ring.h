@@ -1,0 +1,48 @@
+// SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
+// Step 2, the service, and the ring's part of step 3.
+#pragma once
+
+#include "hash.h"
+#include "maps.h"
+#include "packet.h"
+
+static __always_inline struct service *service_find(const struct flow *flow)
+{
+	if (flow->family == FAMILY_IPV4) {
+		struct service_key4 key = {
+			.address = flow->tuple.v4.daddr,
+			.port = flow->tuple.v4.dport,
+			.protocol = flow->protocol,
+		};
+		return bpf_map_lookup_elem(&services4, &key);
+	}
+	struct service_key6 key = {
+		.port = flow->tuple.v6.dport,
+		.protocol = flow->protocol,
+	};
+	__builtin_memcpy(key.address, flow->tuple.v6.daddr, sizeof(key.address));
+	return bpf_map_lookup_elem(&services6, &key);
+}
+
+// ring_slot is the slot of the client's packet: in affinity by client, all of a client's connections share one.
+static __always_inline __u32 ring_slot(const struct flow *flow, const struct service *service)
+{
+	__u64 hash = flow->hash;
+
+	if (use_affinity_client && service->flags & SERVICE_AFFINITY_CLIENT)
+		hash = hash_client(flow);
+	return slot_of(hash, service->ring_size);
+}
+
+static __always_inline __u32 *ring_entry(const struct service *service, __u32 slot)
+{
+	__u32 id = service->id;
+	void *ring = bpf_map_lookup_elem(&rings, &id);
+
+	return ring ? bpf_map_lookup_elem(ring, &slot) : NULL;
+}
+
+static __always_inline struct backend *backend_get(__u32 id)
+{
+	return bpf_map_lookup_elem(&backends, &id);
+}

@@ -1,0 +1,23 @@
+// SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
+// Load-time constants. The loader writes them before the program is verified, and the verifier cuts out what they make
+// unreachable: a configuration pays only for what it uses.
+#pragma once
+
+#include "types.h"
+
+volatile const __u8 use_ipv4 = 1;
+volatile const __u8 use_ipv6 = 1;
+volatile const __u8 use_fullnat = 1;
+volatile const __u8 use_dsr = 1;
+volatile const __u8 use_affinity_client = 1;
+
+// Capacity of the connection table, in connections.
+volatile const __u32 connection_capacity = 1048576;
+// How many of them may be young.
+volatile const __u32 young_budget = 131072;
+// Adoptions of unknown connections, a tick and CPU.
+volatile const __u32 adoptions_a_tick = 256;
+// Life of a half-open connection from its first SYN, in ticks: 75 s, past Linux' own five retries of a SYN-ACK (63 s).
+volatile const __u32 half_open_life = 4471;
+
+struct shared_types *volatile const shared_types;

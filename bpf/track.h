@@ -1,0 +1,132 @@
+// SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
+// What a packet says of its connection: alive, closing, or nothing to be believed.
+//
+// FIN and RST only start closing; traffic that could not come from an end that has closed takes the entry back. A
+// client's FIN or RST counts only if its numbers fit (in the spirit of RFC 5961): a blind one moves nothing.
+#pragma once
+
+#include "clock.h"
+#include "connections.h"
+
+// How far numbers may be from the last ones noted: behind, for what was overtaken; ahead, where replies are seen and so
+// every packet is, what fits in flight; elsewhere what a client may send in the epoch between two touches.
+#define FIT_BEHIND (1U << 16)
+#define FIT_AHEAD (1U << 21)
+#define FIT_AHEAD_STATELESS (1U << 24)
+
+static __always_inline bool closing(__u32 state)
+{
+	if (state & (STATE_CLIENT_RESET | STATE_BACKEND_RESET))
+		return true;
+	// Where replies aren't seen, the client's FIN is all there will be.
+	if (state & STATE_STATELESS)
+		return state & STATE_CLIENT_FIN;
+	return (state & STATE_CLIENT_FIN) && (state & STATE_BACKEND_FIN);
+}
+
+static __always_inline bool fits(const struct connection *conn, __u32 sequence)
+{
+	__u32 ahead = conn->state & STATE_STATELESS ? FIT_AHEAD_STATELESS : FIT_AHEAD;
+
+	return sequence - conn->sequence_end + FIT_BEHIND < FIT_BEHIND + ahead;
+}
+
+static __always_inline void touch(struct connection *conn, __u32 now)
+{
+	if (conn->seen != now)
+		conn->seen = now;
+}
+
+static __always_inline void state_change(struct connection *conn, __u32 clear, __u32 set)
+{
+	if (conn->state & clear)
+		__sync_fetch_and_and(&conn->state, ~clear);
+	if ((conn->state & set) != set)
+		__sync_fetch_and_or(&conn->state, set);
+}
+
+static __always_inline void young_matures(struct control_block *ctl, struct connection *conn, const struct flow *flow)
+{
+	if (flow->sequence_end == conn->base_sequence || flow->acknowledgement == conn->base_acknowledgement)
+		return;
+	if (__sync_fetch_and_and(&conn->state, ~STATE_YOUNG) & STATE_YOUNG) {
+		__sync_fetch_and_add(&ctl->young, -1);
+		count_event(EVENT_MATURED);
+	}
+}
+
+static __always_inline void track_client(struct control_block *ctl, struct bitmap_set *bits, struct connection *conn,
+					 const struct flow *flow, __u32 now)
+{
+	__u32 before = conn->state;
+
+	if (flow->flags & (TCP_FIN | TCP_RST)) {
+		if (!fits(conn, flow->sequence)) {
+			count_event(EVENT_CLOSING_UNFIT);
+			return;
+		}
+		exception_note(ctl, bits, flow->hash);
+		conn->marked = now;
+		touch(conn, now);
+		if (flow->flags & TCP_RST) {
+			state_change(conn, STATE_IDLE, STATE_CLIENT_RESET);
+		} else {
+			conn->client_fin = flow->sequence_end;
+			conn->sequence_end = flow->sequence_end;
+			conn->acknowledgement = flow->acknowledgement;
+			state_change(conn, STATE_IDLE | STATE_CLIENT_RESET, STATE_CLIENT_FIN | STATE_CLIENT_FIN_KNOWN);
+		}
+		if (!closing(before) && closing(conn->state))
+			count_event(EVENT_CLOSING);
+		return;
+	}
+
+	touch(conn, now);
+	if (conn->sequence_end != flow->sequence_end)
+		conn->sequence_end = flow->sequence_end;
+	if (conn->acknowledgement != flow->acknowledgement)
+		conn->acknowledgement = flow->acknowledgement;
+	if (!(before & ~STATE_STATELESS))
+		return;
+	if (before & STATE_YOUNG)
+		young_matures(ctl, conn, flow);
+	// Behind its FIN a client sends nothing but acknowledgements that stand there.
+	if (before & STATE_CLIENT_FIN_KNOWN && flow->sequence_end == conn->client_fin)
+		state_change(conn, STATE_IDLE | STATE_CLIENT_RESET, STATE_CLIENT_FIN);
+	else
+		state_change(conn, STATE_IDLE | STATE_CLIENT_RESET | STATE_CLIENT_FIN, 0);
+	if ((before & STATE_IDLE) || (closing(before) && !closing(conn->state)))
+		count_event(EVENT_TAKEN_BACK);
+	if (closing(conn->state)) {
+		exception_note(ctl, bits, flow->hash);
+		conn->marked = now;
+	}
+}
+
+// track_backend does the same for a backend's packet, whose word is taken without comparing numbers.
+static __always_inline void track_backend(struct control_block *ctl, struct bitmap_set *bits, struct connection *conn,
+					  const struct flow *flow, __u64 client_hash, __u32 now)
+{
+	__u32 before = conn->state;
+
+	touch(conn, now);
+	if (flow->flags & TCP_RST) {
+		state_change(conn, STATE_IDLE, STATE_BACKEND_RESET);
+	} else if (flow->flags & TCP_FIN) {
+		conn->backend_fin = flow->sequence_end;
+		state_change(conn, STATE_IDLE | STATE_BACKEND_RESET, STATE_BACKEND_FIN | STATE_BACKEND_FIN_KNOWN);
+	} else if (before & ~(STATE_STATELESS | STATE_YOUNG)) {
+		if (before & STATE_BACKEND_FIN_KNOWN && flow->sequence_end == conn->backend_fin)
+			state_change(conn, STATE_IDLE | STATE_BACKEND_RESET, STATE_BACKEND_FIN);
+		else
+			state_change(conn, STATE_IDLE | STATE_BACKEND_RESET | STATE_BACKEND_FIN, 0);
+		if ((before & STATE_IDLE) || (closing(before) && !closing(conn->state)))
+			count_event(EVENT_TAKEN_BACK);
+	}
+	if (closing(conn->state)) {
+		exception_note(ctl, bits, client_hash);
+		conn->marked = now;
+		if (!closing(before))
+			count_event(EVENT_CLOSING);
+	}
+}

@@ -1,0 +1,406 @@
+// SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
+// What the programs, the maps and Go share: every constant and every layout. bpf2go makes the Go of it; nothing here is
+// written twice. Addresses and ports are in network byte order, all else in the host's. Padding has a name.
+#pragma once
+
+#include <linux/types.h>
+
+// A change of a layout or of a meaning below is a new schema version: it is part of the pin path.
+enum schema {
+	SCHEMA_VERSION = 1,
+};
+
+enum limits {
+	MAX_SERVICES = 4096,
+	MAX_BACKENDS = 16384,
+	MAX_SOURCES = 1024,
+	MAX_POOLS = 65536,
+	MAX_POOLS_A_BACKEND = 16,
+	MAX_RING_SIZE = 8388593, // the largest prime below 2^23
+	MAX_NAME = 64,
+	BITMAP_BITS = 1 << 20, // 128 KiB: small enough for L2
+	BITMAP_WORDS = BITMAP_BITS / 64,
+	TICK_SHIFT = 24, // a tick is 2^24 ns, 16.8 ms; 32 bits of them are 834 days
+	TEND_RECORDS = 64,
+	FILL_PORTS = 1024,
+};
+
+enum family {
+	FAMILY_IPV4 = 4,
+	FAMILY_IPV6 = 6,
+};
+
+enum method {
+	METHOD_FULLNAT = 1,
+	METHOD_NAT = 2,
+	METHOD_DSR = 3,
+	METHOD_IPIP = 4,
+	METHOD_GUE = 5,
+};
+
+// What the program decided for a packet. The prefix says what was done with it; Go takes the names from here.
+enum verdict {
+	PASS_NOT_OURS,	    // no service has this address, port and protocol: the host's stack takes it
+	PASS_FRAGMENT,	    // a later fragment: no ports to know it by
+	PASS_REPLY_UNKNOWN, // to a source address and port of ours, of no connection we know: the host's stack answers
+	FORWARD_RING,	    // fast path: a settled slot, no exception, fresh
+	FORWARD_TABLE,	    // an entry of the connection table decided
+	FORWARD_HALF_OPEN,  // an entry of the half-open table decided
+	FORWARD_NEW,	    // a SYN, its backend chosen from the ring
+	FORWARD_ADOPTED,    // in mid-connection and unknown: the ring decided, the connection table noted it
+	FORWARD_UNKNOWN,    // in mid-connection and unknown: the ring decided, nobody noted it
+	REPLY_TABLE,	    // a backend's packet, back to the client of an established connection
+	REPLY_HALF_OPEN,    // the same for a connection not confirmed yet
+	RESET_UNKNOWN,	    // RST: in mid-connection, unknown, and the method needs state
+	RESET_NO_BACKEND,   // RST: the service has no backend that takes new connections
+	RESET_TABLE_FULL,   // RST: the connection table is full and the method needs state
+	RESET_NO_PORT,	    // RST: every source port towards this backend is in use
+	RESET_BACKEND_DOWN, // RST: the backend is down and the service's policy is reset
+	RESET_LEAVING,	    // RST: the service is leaving and takes no new connections
+	DROP_TRUNCATED,	    // shorter than its headers say
+	DROP_BAD_HEADER,    // lengths that contradict each other
+	DROP_BAD_FLAGS,	    // TCP flags that no client's packet carries
+	DROP_FRAGMENT,	    // a first fragment of a TCP segment
+	DROP_UNKNOWN_RST,   // RST for a connection nobody knows: never answered
+	DROP_NO_NEIGHBOR,   // the backend's next hop is not known
+	DROP_TTL,	    // time to live used up
+	DROP_NO_RING,	    // a service without a ring: a configuration half taken away
+	VERDICT_COUNT,
+};
+
+// What happened beside the verdict.
+enum event {
+	EVENT_CONFIRMED,	// a connection entered the connection table
+	EVENT_MATURED,		// a young entry showed that both ends talk
+	EVENT_ADOPTION_LIMITED, // not adopted: too many at once
+	EVENT_YOUNG_LIMITED,	// not noted: the young entries' budget is spent
+	EVENT_TABLE_FULL,	// not noted: the connection table is full
+	EVENT_INSERT_FAILED,	// not noted: the kernel had no memory for the entry at that moment
+	EVENT_CLOSING,		// a FIN or RST that fits started closing
+	EVENT_CLOSING_UNFIT,	// a FIN or RST whose numbers don't fit the connection: forwarded, not believed
+	EVENT_TAKEN_BACK,	// traffic showed an entry marked closing or idle to be alive
+	EVENT_PORT_STOLEN,	// a half-open connection lost its source port to a newer one
+	EVENT_RESOLVED_SELF,	// an exception whose bit was missing was given it
+	EVENT_REMOVED,		// an entry left the connection table
+	EVENT_COUNT,
+};
+
+struct tuple4 {
+	__be32 saddr;
+	__be32 daddr;
+	__be16 sport;
+	__be16 dport;
+};
+
+struct tuple6 {
+	__be32 saddr[4];
+	__be32 daddr[4];
+	__be16 sport;
+	__be16 dport;
+};
+
+union tuple {
+	struct tuple4 v4;
+	struct tuple6 v6;
+};
+
+struct service_key4 {
+	__be32 address;
+	__be16 port;
+	__u8 protocol;
+	__u8 pad;
+};
+
+struct service_key6 {
+	__be32 address[4];
+	__be16 port;
+	__u8 protocol;
+	__u8 pad;
+};
+
+struct address6 {
+	__be32 address[4];
+};
+
+enum service_flag {
+	SERVICE_AFFINITY_CLIENT = 1, // the slot is chosen by the client's address alone
+	SERVICE_LEAVING = 2,	     // no new connections
+	SERVICE_RING_FIRST = 4,	     // some backend's method needs no state: the fast path is worth a look
+};
+
+enum down_policy {
+	DOWN_RESET = 0,
+	DOWN_KEEP = 1,
+	DOWN_REHASH = 2,
+};
+
+struct service {
+	__u32 id;
+	__u32 ring_size;
+	__u16 flags;
+	__u8 on_backend_down;
+	__u8 pad;
+};
+
+// A slot of a ring: the backend's number and whether the slot is unsettled.
+enum slot {
+	SLOT_BACKEND = 0x00ffffff,
+	SLOT_NONE = 0x00ffffff, // no backend takes new connections
+	SLOT_UNSETTLED = 1U << 31,
+};
+
+// Where a frame goes next: the device, and the Ethernet addresses it carries there.
+struct hop {
+	__u8 mac[6];
+	__u8 source_mac[6];
+	__u32 ifindex;
+	__be16 vlan[2];
+};
+
+enum backend_flag {
+	BACKEND_UP = 1,
+	BACKEND_NEIGHBOR = 2, // its next hop is known
+	BACKEND_LEAVING = 4,  // out of the configuration; lives on for its connections
+};
+
+// A backend's next hop is written into the half that is not in use, then `hop_index` is turned: no frame carries half
+// of each.
+struct backend {
+	__be32 address[4]; // IPv4 in the first
+	__be16 port;
+	__u8 family;
+	__u8 method;
+	__u32 flags;
+	__u32 service;
+	__u32 mtu;
+	__u32 hop_index;
+	struct hop hop[2];
+	__u32 pool_count;
+	__u32 pools[MAX_POOLS_A_BACKEND];
+};
+
+// A source address of fullnat and the ports it may use, both ends included.
+struct source {
+	__be32 address[4];
+	__u16 first_port;
+	__u16 last_port;
+	__u8 family;
+	__u8 pad[3];
+};
+
+// The port queue of one source address towards one backend's address and port.
+struct pool {
+	__u32 source; // number of the source address
+};
+
+enum connection_state {
+	STATE_YOUNG = 1,	    // not shown to be talking both ways yet
+	STATE_IDLE = 2,		    // idle for its timeout: an exception, until a packet or its removal
+	STATE_CLIENT_FIN = 4,	    // the client has ended its side
+	STATE_CLIENT_FIN_KNOWN = 8, // client_fin holds
+	STATE_BACKEND_FIN = 16,
+	STATE_BACKEND_FIN_KNOWN = 32,
+	STATE_CLIENT_RESET = 64, // the client's last packet was a RST
+	STATE_BACKEND_RESET = 128,
+	STATE_STATELESS = 256, // its method sees no replies
+	STATE_CONDEMNED = 512, // answers RST to whatever follows
+};
+
+struct connection {
+	__u32 backend;
+	__u32 generation; // the same in this entry and in the one for the way back
+	__u32 tag;	  // of its key: shows that the element was not given to another key while it was read
+	__u32 seen;	  // tick of its last packet
+	__u32 state;
+	__u16 source; // fullnat: number of the source address
+	__be16 source_port;
+	__u32 sequence_end;    // of the client's last packet
+	__u32 acknowledgement; // of the client's last packet
+	struct hop hop;	       // where the client's packets come from, and so where replies go
+	__u32 service;
+	__u32 opened;	  // tick
+	__u32 marked;	  // tick of the mark idle, or of the last step of closing
+	__u32 client_fin; // sequence number behind the client's FIN
+	__u32 backend_fin;
+	__u32 base_sequence; // young: of the handshake
+	__u32 base_acknowledgement;
+};
+
+enum half_state {
+	HALF_SYN_ACK = 1, // the backend has answered; backend_sequence holds
+	HALF_ACK = 2,	  // the client has answered; base_acknowledgement holds
+};
+
+struct half_open {
+	__u32 backend;
+	__u32 generation;
+	__u32 tag;
+	__u32 first; // tick of the first SYN: its life is counted from here, whatever follows
+	__u32 state;
+	__u16 source;
+	__be16 source_port;
+	__u32 client_sequence[2]; // behind the first and the latest SYN
+	__u32 backend_sequence;	  // behind the SYN of the SYN-ACK
+	__u32 base_acknowledgement;
+	struct hop hop;
+	__u32 service;
+};
+
+// Whether a source port's number is in its pool's queue. It stays there while its connection is half-open.
+enum token {
+	TOKEN_QUEUED = 0,
+	TOKEN_OUT = 1,
+	TOKEN_GONE = 2, // the entry is being removed
+};
+
+// The way back of fullnat, keyed by the tuple of the backend's packets. What both families share stands first.
+struct way_back {
+	__u32 generation;
+	__u32 token;
+	__u32 first; // tick of the SYN
+	__u32 pool;
+};
+
+struct reply4 {
+	struct way_back back;
+	struct tuple4 client;
+};
+
+struct reply6 {
+	struct way_back back;
+	struct tuple6 client;
+};
+
+// One writer each: the daemon writes the first line, the programs the others.
+struct control_block {
+	__u32 epoch;
+	__u32 exception_index; // which exception bitmap is asked
+	__u32 exception_both;  // a rebuild is under way: both are written
+	__u32 pad[13];
+	__s64 connections; // entries in the connection table
+	__u64 pad2[7];
+	__s64 young; // young ones among them
+	__u64 pad3[7];
+};
+
+struct bitmap_set {
+	__u64 exception[2][BITMAP_WORDS];
+	__u64 fresh[2][BITMAP_WORDS];
+};
+
+struct port_choice {
+	__u32 pool;
+	__u32 source;
+	__be16 port;
+	__u16 pad;
+	union tuple reply;
+};
+
+struct reply_choice {
+	union tuple client;
+	struct hop hop;
+	__u32 backend;
+	__u32 service;
+};
+
+// Room for what is too large for the stack of 512 bytes that nested functions share.
+struct scratch {
+	struct connection connection;
+	struct half_open half;
+	struct port_choice port;
+	struct way_back back;
+	union tuple reply;
+	struct reply_choice reply_choice;
+};
+
+struct adoption {
+	__u32 tick;
+	__u32 left;
+};
+
+struct counter_set {
+	__u64 verdicts[VERDICT_COUNT];
+	__u64 events[EVENT_COUNT];
+};
+
+struct traffic {
+	__u64 packets; // from clients
+	__u64 bytes;
+	__u64 connections;   // new: SYNs given a backend
+	__u64 refused;	     // answered RST or dropped
+	__u64 reply_packets; // from backends
+	__u64 reply_bytes;
+};
+
+// Names, for whoever reads the maps; the programs don't.
+struct service_label {
+	char name[MAX_NAME];
+	__be32 address[4];
+	__be16 port;
+	__u8 family; // 0: this number is free
+	__u8 protocol;
+	__u32 ring_size;
+	__u32 flags;
+	__u64 idle_timeout; // ns
+};
+
+struct backend_label {
+	char name[MAX_NAME];
+	__u32 used; // 0: this number is free
+	__u32 weight;
+	__u32 next_hop_state;  // as the neighbour watcher has it
+	char reason[MAX_NAME]; // why there is no next hop
+};
+
+// `tend` looks after entries for the daemon, and looks again as it does so: a record is obeyed only where the entry is
+// still as it was seen.
+enum tend_what {
+	TEND_NOTHING = 0,
+	TEND_MARK_IDLE = 1,
+	TEND_REMOVE = 2,
+	TEND_REMOVE_HALF_OPEN = 3,
+	TEND_DONE = 100,    // the program's answer: obeyed
+	TEND_CHANGED = 101, // not obeyed: the entry has changed since
+	TEND_ABSENT = 102,  // not obeyed: no such entry
+};
+
+struct tend_record {
+	__u32 what;
+	__u32 generation;
+	__u32 seen;
+	struct tuple6 tuple; // IPv4: a struct tuple4 stands in its first 12 bytes
+};
+
+struct tend_request {
+	__u32 family;
+	__u32 count;
+	__u32 pad[2];
+	struct tend_record records[TEND_RECORDS];
+};
+
+struct fill_request {
+	__u32 pool;
+	__u32 first_port;
+	__u32 count; // at most FILL_PORTS
+	__u32 pad;
+};
+
+// Types that Go needs and no map's layout names: debug information keeps only what is used.
+struct shared_types {
+	enum schema schema;
+	enum limits limits;
+	enum family family;
+	enum method method;
+	enum verdict verdict;
+	enum event event;
+	enum service_flag service_flag;
+	enum down_policy down_policy;
+	enum slot slot;
+	enum backend_flag backend_flag;
+	enum connection_state connection_state;
+	enum half_state half_state;
+	enum token token;
+	enum tend_what tend_what;
+	struct tend_request tend_request;
+	struct fill_request fill_request;
+};

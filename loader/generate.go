@@ -1,0 +1,4 @@
+package loader
+
+// The data plane's C becomes Go and an object in room bpf; both are committed, so that building needs no clang.
+//go:generate go tool bpf2go -output-dir ../bpf -output-stem fairlead -go-package bpf -cc clang-19 -strip llvm-strip-19 -target bpfel -type schema -type limits -type family -type method -type verdict -type event -type tuple4 -type tuple6 -type service_key4 -type service_key6 -type address6 -type service_flag -type down_policy -type service -type slot -type hop -type backend_flag -type backend -type source -type pool -type connection_state -type connection -type half_state -type half_open -type token -type way_back -type reply4 -type reply6 -type control_block -type bitmap_set -type counter_set -type traffic -type service_label -type backend_label -type tend_what -type tend_record -type tend_request -type fill_request Fairlead ../bpf/fairlead.bpf.c -- -O2 -g -Wall -Werror -mcpu=v3 -I/usr/include/x86_64-linux-gnu

@@ -1,0 +1,298 @@
+package lab
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strconv"
+	"sync"
+)
+
+// Options describe a topology. The zero value is three backends, sixteen client addresses a family, a plain router, and
+// the default services.
+type Options struct {
+	Backends        int  // default 3; at most 200 in all, with those added later
+	ClientAddresses int  // of each family; default 16, at most 200
+	Masquerade      bool // the router hides the clients behind its own address
+	EdgeForwards    bool // the edge's kernel routes, too
+
+	// Services are the virtual addresses. The router sends those outside its segment with the edge to the edge; those
+	// inside it are left to ARP and NDP. Nobody holds them. Default, where DSRServices are empty too: DefaultServices.
+	Services []netip.Addr
+	// DSRServices are virtual addresses as well, and every backend holds them silently, so that it answers clients itself.
+	DSRServices []netip.Addr
+
+	MTU    int // bytes; default 1500
+	Queues int // of each interface; default 1
+}
+
+// DefaultServices are 192.0.2.10 and 2001:db8::10.
+func DefaultServices() []netip.Addr {
+	return []netip.Addr{netip.MustParseAddr("192.0.2.10"), netip.MustParseAddr("2001:db8::10")}
+}
+
+// Names of interfaces within a topology.
+const (
+	ClientsInterface = "eth0" // of the clients
+	BackendInterface = "eth0" // of every backend
+	RouterOutside    = "wan"  // of the router, to the clients
+)
+
+// Topology is clients behind a router, an edge that forwards, and backends, in both families:
+//
+//	one arm   clients ── router ─┬─ edge            two arms   clients ── router ─┬─ front ─ edge ─ back ─┬─ backends
+//	                             └─ backends                                      └────────── back ───────┘
+//
+// Backends answer whoever is off their segment by way of the router, and the edge directly.
+type Topology struct {
+	*Lab
+	Clients, Router, Edge *Node
+
+	Services []netip.Addr // all virtual addresses, DSR ones last
+	// EdgeFront is the edge's interface to the router, EdgeBack the one to the backends: the same with one arm.
+	EdgeFront, EdgeBack string
+
+	options     Options
+	back        *Segment
+	clients     []netip.Addr
+	edge        []netip.Addr
+	mu          sync.Mutex
+	backends    []*Backend
+	sourcesUsed int
+}
+
+// Backend is a node that serves.
+type Backend struct {
+	*Node
+	IPv4, IPv6 netip.Addr
+}
+
+// subnet is one segment's addresses in both families. Host 11 is 10.0.0.11 and fd00:a::11: the hexadecimal digits of
+// the last group are the decimal ones of the number.
+type subnet struct{ v4, v6 netip.Prefix }
+
+var (
+	clientsNet = subnet{netip.MustParsePrefix("198.51.100.0/24"), netip.MustParsePrefix("2001:db8:c::/64")}
+	frontNet   = subnet{netip.MustParsePrefix("10.0.1.0/24"), netip.MustParsePrefix("fd00:f::/64")}
+	backNet    = subnet{netip.MustParsePrefix("10.0.0.0/24"), netip.MustParsePrefix("fd00:a::/64")}
+)
+
+const (
+	edgeHost     = 1
+	firstHost    = 11 // backends and clients
+	maxHosts     = 200
+	firstSource  = 220 // further addresses for the edge
+	maxSources   = 30
+	routerHost   = 254
+	frontSegment = "front"
+	backSegment  = "back"
+)
+
+func (s subnet) host(number int) []netip.Prefix {
+	v4 := s.v4.Addr().As4()
+	v4[3] = byte(number)
+	v6 := s.v6.Addr().As16()
+	digits, _ := strconv.ParseUint(strconv.Itoa(number), 16, 16)
+	v6[14], v6[15] = byte(digits>>8), byte(digits)
+	return []netip.Prefix{
+		netip.PrefixFrom(netip.AddrFrom4(v4), s.v4.Bits()),
+		netip.PrefixFrom(netip.AddrFrom16(v6), s.v6.Bits()),
+	}
+}
+
+func (s subnet) addresses(number int) []netip.Addr {
+	host := s.host(number)
+	return []netip.Addr{host[0].Addr(), host[1].Addr()}
+}
+
+func (s subnet) contains(address netip.Addr) bool {
+	return s.v4.Contains(address) || s.v6.Contains(address)
+}
+
+// OneArm opens a lab in which the edge has one interface, eth0, on the segment that the router and the backends are on.
+func OneArm(prefix string, options Options) (*Topology, error) {
+	return open(prefix, options, &Topology{EdgeFront: "eth0", EdgeBack: "eth0"})
+}
+
+// TwoArm opens a lab in which the edge has an interface front on a segment with the router, and an interface back on a
+// segment with the backends, which the router is on too.
+func TwoArm(prefix string, options Options) (*Topology, error) {
+	return open(prefix, options, &Topology{EdgeFront: "front", EdgeBack: "back"})
+}
+
+func open(prefix string, options Options, t *Topology) (*Topology, error) {
+	if options.Backends == 0 {
+		options.Backends = 3
+	}
+	if options.ClientAddresses == 0 {
+		options.ClientAddresses = 16
+	}
+	if options.Services == nil && options.DSRServices == nil {
+		options.Services = DefaultServices()
+	}
+	if options.ClientAddresses < 1 || options.ClientAddresses > maxHosts {
+		return nil, fmt.Errorf("build topology %s: %d client addresses: want 1 to %d", prefix, options.ClientAddresses, maxHosts)
+	}
+	if options.Backends < 0 || options.Backends > maxHosts {
+		return nil, fmt.Errorf("build topology %s: %d backends: want 1 to %d", prefix, options.Backends, maxHosts)
+	}
+	l, err := New(prefix)
+	if err != nil {
+		return nil, err
+	}
+	t.Lab, t.options = l, options
+	t.Services = slices.Concat(options.Services, options.DSRServices)
+	if err := t.build(); err != nil {
+		return nil, errors.Join(fmt.Errorf("build topology %s: %w", prefix, err), l.Close())
+	}
+	return t, nil
+}
+
+func (t *Topology) build() error {
+	outside, err := t.Segment("clients", t.options.MTU)
+	if err != nil {
+		return err
+	}
+	if t.back, err = t.Segment(backSegment, t.options.MTU); err != nil {
+		return err
+	}
+	front, toEdge := t.back, backNet
+	if t.twoArms() {
+		if front, err = t.Segment(frontSegment, t.options.MTU); err != nil {
+			return err
+		}
+		toEdge = frontNet
+	}
+	for _, node := range []struct {
+		name string
+		to   **Node
+	}{{"clients", &t.Clients}, {"router", &t.Router}, {"edge", &t.Edge}} {
+		if *node.to, err = t.Node(node.name); err != nil {
+			return err
+		}
+	}
+
+	var addresses []netip.Prefix
+	for i := range t.options.ClientAddresses {
+		host := clientsNet.host(firstHost + i)
+		addresses = append(addresses, host...)
+		t.clients = append(t.clients, host[0].Addr(), host[1].Addr())
+	}
+	steps := []error{
+		t.join(t.Clients, outside, ClientsInterface, addresses),
+		// Many connections to one address take many local ports, and take them again at once in the next run.
+		t.Clients.Sysctl("net.ipv4.ip_local_port_range", "1024 65535"),
+		t.Clients.Sysctl("net.ipv4.tcp_tw_reuse", "1"),
+		t.Clients.AddDefaultRoutes(clientsNet.addresses(routerHost)...),
+		t.join(t.Router, outside, RouterOutside, clientsNet.host(routerHost)),
+		t.join(t.Router, t.back, backSegment, backNet.host(routerHost)),
+		t.Router.SetForwarding(true),
+		t.join(t.Edge, front, t.EdgeFront, toEdge.host(edgeHost)),
+	}
+	hidden := []string{backSegment}
+	if t.twoArms() {
+		hidden = append(hidden, frontSegment)
+		steps = append(steps,
+			t.join(t.Router, front, frontSegment, toEdge.host(routerHost)),
+			t.join(t.Edge, t.back, t.EdgeBack, backNet.host(edgeHost)))
+	}
+	t.edge = backNet.addresses(edgeHost)
+	steps = append(steps, t.Edge.AddDefaultRoutes(toEdge.addresses(routerHost)...), t.Edge.SetForwarding(t.options.EdgeForwards))
+	for _, service := range t.Services {
+		if !toEdge.contains(service) {
+			gateway := sameFamily(toEdge.addresses(edgeHost), service)[0]
+			steps = append(steps, t.Router.AddRoute(netip.PrefixFrom(service, service.BitLen()), gateway))
+		}
+	}
+	if t.options.Masquerade {
+		steps = append(steps, t.Router.Masquerade(hidden...))
+	}
+	if err := errors.Join(steps...); err != nil {
+		return err
+	}
+	for range t.options.Backends {
+		if _, err := t.AddBackend(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (t *Topology) twoArms() bool { return t.EdgeFront != t.EdgeBack }
+
+func (t *Topology) join(n *Node, s *Segment, name string, addresses []netip.Prefix) error {
+	return n.Join(s, Link{Name: name, Addresses: addresses, Queues: t.options.Queues})
+}
+
+// AddBackend adds the next backend to the living lab: ws1, ws2 and so on, 10.0.0.11 and fd00:a::11 and so on.
+func (t *Topology) AddBackend() (*Backend, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	number := len(t.backends)
+	if number >= maxHosts {
+		return nil, fmt.Errorf("add backend: the lab has its %d already", maxHosts)
+	}
+	node, err := t.Node(fmt.Sprintf("ws%d", number+1))
+	if err != nil {
+		return nil, err
+	}
+	host := backNet.host(firstHost + number)
+	err = t.join(node, t.back, BackendInterface, host)
+	if err == nil {
+		err = node.AddDefaultRoutes(backNet.addresses(routerHost)...)
+	}
+	if err == nil && len(t.options.DSRServices) > 0 {
+		err = node.Hold(t.options.DSRServices...)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("add backend: %w", err)
+	}
+	backend := &Backend{Node: node, IPv4: host[0].Addr(), IPv6: host[1].Addr()}
+	t.backends = append(t.backends, backend)
+	return backend, nil
+}
+
+// Backends are those of Options and those added since, oldest first.
+func (t *Topology) Backends() []*Backend {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return slices.Clone(t.backends)
+}
+
+// Address is the backend's own address of the family that another address is of.
+func (b *Backend) Address(like netip.Addr) netip.Addr {
+	return sameFamily([]netip.Addr{b.IPv4, b.IPv6}, like)[0]
+}
+
+// ClientAddresses are the clients' addresses of the family that another address is of.
+func (t *Topology) ClientAddresses(like netip.Addr) []netip.Addr { return sameFamily(t.clients, like) }
+
+// EdgeAddress is the edge's address on the backends' segment, of the family that another address is of: the one that
+// backends see under fullnat.
+func (t *Topology) EdgeAddress(like netip.Addr) netip.Addr { return sameFamily(t.edge, like)[0] }
+
+// RouterAddress is the router's address on the backends' segment, of the family that another address is of.
+func (t *Topology) RouterAddress(like netip.Addr) netip.Addr {
+	return sameFamily(backNet.addresses(routerHost), like)[0]
+}
+
+// SourceAddresses sets aside count further addresses of the backends' segment, which nobody holds, of the family that
+// another address is of: source addresses for fullnat, or virtual addresses on the segment. At most 30 in all.
+func (t *Topology) SourceAddresses(like netip.Addr, count int) ([]netip.Addr, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.sourcesUsed+count > maxSources {
+		return nil, fmt.Errorf("set aside %d source addresses: %d of %d are left", count, maxSources-t.sourcesUsed, maxSources)
+	}
+	var addresses []netip.Addr
+	for range count {
+		addresses = append(addresses, sameFamily(backNet.addresses(firstSource+t.sourcesUsed), like)[0])
+		t.sourcesUsed++
+	}
+	return addresses, nil
+}
+
+func sameFamily(addresses []netip.Addr, like netip.Addr) []netip.Addr {
+	return slices.DeleteFunc(slices.Clone(addresses), func(a netip.Addr) bool { return a.Is4() != like.Is4() })
+}

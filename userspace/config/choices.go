@@ -1,0 +1,155 @@
+package config
+
+// The choices are strings, spelled as in the file: they print, compare and travel as JSON by that spelling. A checked
+// configuration holds none but those listed here.
+
+// Mode says which plane carries connections.
+type Mode string
+
+const (
+	ModeAuto      Mode = "auto" // xdp where it can be had, else userspace
+	ModeXDP       Mode = "xdp"
+	ModeUserspace Mode = "userspace"
+)
+
+var modes = []Mode{ModeAuto, ModeXDP, ModeUserspace}
+
+func (m Mode) String() string { return string(m) }
+
+// XDPMode says where XDP runs: in the driver or in the network stack.
+type XDPMode string
+
+const (
+	XDPAuto    XDPMode = "auto" // native where the driver has it, else generic
+	XDPNative  XDPMode = "native"
+	XDPGeneric XDPMode = "generic"
+)
+
+var xdpModes = []XDPMode{XDPAuto, XDPNative, XDPGeneric}
+
+func (m XDPMode) String() string { return string(m) }
+
+// Protocol is a service's transport protocol.
+type Protocol string
+
+const (
+	ProtocolTCP Protocol = "tcp"
+	ProtocolUDP Protocol = "udp"
+)
+
+var protocols = []Protocol{ProtocolTCP, ProtocolUDP}
+
+func (p Protocol) String() string { return string(p) }
+
+// Number returns the protocol's number in the IP header (IANA, assigned internet protocol numbers), 0 for none.
+func (p Protocol) Number() uint8 {
+	switch p {
+	case ProtocolTCP:
+		return 6
+	case ProtocolUDP:
+		return 17
+	}
+	return 0
+}
+
+// Method is a forwarding method.
+type Method string
+
+const (
+	MethodFullNAT Method = "fullnat" // both addresses are rewritten; replies pass through Fairlead
+	MethodNAT     Method = "nat"     // the destination is rewritten; replies pass through Fairlead
+	MethodDSR     Method = "dsr"     // the packet goes unchanged to the backend's MAC; replies go straight to the client
+	MethodIPIP    Method = "ipip"    // as dsr, inside IP
+	MethodGUE     Method = "gue"     // as dsr, inside UDP
+)
+
+var methods = []Method{MethodFullNAT, MethodNAT, MethodDSR, MethodIPIP, MethodGUE}
+
+func (m Method) String() string { return string(m) }
+
+// keepsPort reports whether the client's packet reaches the backend with the service's own port.
+func (m Method) keepsPort() bool { return m == MethodDSR || m == MethodIPIP || m == MethodGUE }
+
+// keepsFamily reports whether clients and backends must speak the same IP version.
+func (m Method) keepsFamily() bool { return m == MethodFullNAT || m == MethodNAT || m == MethodDSR }
+
+// Affinity says what is hashed to a ring slot.
+type Affinity string
+
+const (
+	AffinityConnection Affinity = "connection" // the 4-tuple
+	AffinityClient     Affinity = "client"     // the source address: a reconnect finds its server again
+)
+
+var affinities = []Affinity{AffinityConnection, AffinityClient}
+
+func (a Affinity) String() string { return string(a) }
+
+// DownPolicy says what becomes of a connection whose backend is gone.
+type DownPolicy string
+
+const (
+	DownReset  DownPolicy = "reset"
+	DownKeep   DownPolicy = "keep"
+	DownRehash DownPolicy = "rehash"
+)
+
+var downPolicies = []DownPolicy{DownReset, DownKeep, DownRehash}
+
+func (p DownPolicy) String() string { return string(p) }
+
+// HealthType is the kind of a health check.
+type HealthType string
+
+const (
+	HealthTCP       HealthType = "tcp"
+	HealthHTTP      HealthType = "http"
+	HealthHTTPS     HealthType = "https"
+	HealthWebSocket HealthType = "websocket"
+	HealthNone      HealthType = "none"
+)
+
+var healthTypes = []HealthType{HealthTCP, HealthHTTP, HealthHTTPS, HealthWebSocket, HealthNone}
+
+func (t HealthType) String() string { return string(t) }
+
+func (t HealthType) hasPath() bool {
+	return t == HealthHTTP || t == HealthHTTPS || t == HealthWebSocket
+}
+
+// BalanceMode says what new connections are spread by.
+type BalanceMode string
+
+const (
+	BalanceHash BalanceMode = "hash" // the configured weights alone
+	BalanceLoad BalanceMode = "load" // live connection counts too
+)
+
+var balanceModes = []BalanceMode{BalanceHash, BalanceLoad}
+
+func (m BalanceMode) String() string { return string(m) }
+
+// ProxyProtocol is the version of the PROXY protocol header that backends get (HAProxy, proxy-protocol.txt).
+type ProxyProtocol string
+
+const (
+	ProxyNone ProxyProtocol = "none"
+	ProxyV1   ProxyProtocol = "v1"
+	ProxyV2   ProxyProtocol = "v2"
+)
+
+var proxyProtocols = []ProxyProtocol{ProxyNone, ProxyV1, ProxyV2}
+
+func (p ProxyProtocol) String() string { return string(p) }
+
+// Announce says whether an address of XDP's own is announced to the neighbours.
+type Announce string
+
+const (
+	AnnounceAuto Announce = "auto"
+	AnnounceOff  Announce = "off"
+)
+
+var announces = []Announce{AnnounceAuto, AnnounceOff}
+
+func (a Announce) String() string { return string(a) }

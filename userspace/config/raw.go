@@ -1,0 +1,138 @@
+package config
+
+// The raw configuration: every field as it was written, and where. Nothing here is checked but the shape.
+
+// state says what a file tells of a field.
+type state uint8
+
+const (
+	absent state = iota // not mentioned
+	empty               // mentioned without a value: null
+	broken              // of the wrong shape, refused already
+	given
+)
+
+// text is one scalar. Its field, not its spelling, decides what it means: 443 and "443" are the same.
+type text struct {
+	place
+	state state
+	value string
+}
+
+// list is a sequence of raw fields.
+type list[T any, PT readable[T]] struct {
+	place
+	state state
+	items []T
+}
+
+type texts = list[text, *text]
+
+// field is a name that a mapping may hold, and where its value goes.
+type field struct {
+	name string
+	to   target
+}
+
+// target is what a value can be read into. locate tells it where it would stand, before and whether or not it is read.
+type target interface {
+	locate(at place)
+	read(d *decoder, node node, at place)
+}
+
+type readable[T any] interface {
+	*T
+	target
+}
+
+type rawConfig struct {
+	place
+	node      text
+	dataplane rawDataplane
+	stateDir  text
+	control   rawControl
+	services  list[rawService, *rawService]
+}
+
+func (r *rawConfig) fields() []field {
+	return []field{{"node", &r.node}, {"dataplane", &r.dataplane}, {"state_dir", &r.stateDir},
+		{"control", &r.control}, {"services", &r.services}}
+}
+
+type rawDataplane struct {
+	place
+	mode, xdp, connections, halfOpen, pinPath, epoch text
+	interfaces                                       texts
+}
+
+func (r *rawDataplane) fields() []field {
+	return []field{{"mode", &r.mode}, {"interfaces", &r.interfaces}, {"xdp", &r.xdp}, {"connections", &r.connections},
+		{"half_open", &r.halfOpen}, {"pin_path", &r.pinPath}, {"epoch", &r.epoch}}
+}
+
+type rawControl struct {
+	place
+	socket, http text
+}
+
+func (r *rawControl) fields() []field {
+	return []field{{"socket", &r.socket}, {"http", &r.http}}
+}
+
+type rawService struct {
+	place
+	state                                     state
+	name, address, port, protocol, method     text
+	affinity, ringSize, idleTimeout           text
+	onBackendDown, sourcePorts, proxyProtocol text
+	announce                                  text
+	sourceAddresses                           texts
+	health                                    rawHealth
+	balance                                   rawBalance
+	backends                                  list[rawBackend, *rawBackend]
+}
+
+func (r *rawService) fields() []field {
+	return []field{{"name", &r.name}, {"address", &r.address}, {"port", &r.port}, {"protocol", &r.protocol},
+		{"method", &r.method}, {"affinity", &r.affinity}, {"ring_size", &r.ringSize}, {"idle_timeout", &r.idleTimeout},
+		{"on_backend_down", &r.onBackendDown}, {"source_addresses", &r.sourceAddresses},
+		{"source_ports", &r.sourcePorts}, {"health", &r.health}, {"balance", &r.balance},
+		{"proxy_protocol", &r.proxyProtocol}, {"announce", &r.announce}, {"backends", &r.backends}}
+}
+
+type rawHealth struct {
+	place
+	state                                     state
+	kind, path, interval, timeout, rise, fall text
+}
+
+func (r *rawHealth) fields() []field {
+	return []field{{"type", &r.kind}, {"path", &r.path}, {"interval", &r.interval}, {"timeout", &r.timeout},
+		{"rise", &r.rise}, {"fall", &r.fall}}
+}
+
+type rawBalance struct {
+	place
+	mode text
+}
+
+func (r *rawBalance) fields() []field { return []field{{"mode", &r.mode}} }
+
+type rawBackend struct {
+	place
+	state                       state
+	name, address, port, weight text
+	health                      rawHealth
+}
+
+func (r *rawBackend) fields() []field {
+	return []field{{"name", &r.name}, {"address", &r.address}, {"port", &r.port}, {"weight", &r.weight},
+		{"health", &r.health}}
+}
+
+// reserved are fields of a service that the contract keeps for later, and what to do until then.
+var reserved = map[string]string{
+	"addresses":     "write one service an address",
+	"ports":         "write one service a port",
+	"tunnel_source": "take it out",
+}

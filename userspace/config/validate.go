@@ -1,0 +1,398 @@
+package config
+
+import (
+	"cmp"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+	"time"
+)
+
+// checker turns raw fields into checked ones. What is refused is told once and becomes the zero value, which for a
+// field that must hold something means unknown: what depends on it is then not judged.
+type checker struct {
+	source   source
+	errs     Errors
+	hostname func() (string, error)
+}
+
+func (c *checker) refuse(at place, problem, remedy string) {
+	c.errs = append(c.errs, c.source.refuse(at, problem, remedy))
+}
+
+func (c *checker) config(raw *rawConfig) *Config {
+	cfg := &Config{
+		Node:      c.node(raw.node),
+		Dataplane: c.dataplane(&raw.dataplane),
+		StateDir:  scalar(c, raw.stateDir, defaultStateDir, parsePath),
+		Control:   c.control(&raw.control),
+	}
+	if n := len(raw.services.items); n > maxServices {
+		c.refuse(raw.services.place, fmt.Sprintf("%d services are over the limit of %d", n, maxServices),
+			"divide them between hosts")
+	}
+	backends := 0
+	for i := range raw.services.items {
+		cfg.Services = append(cfg.Services, c.service(&raw.services.items[i], &cfg.Dataplane))
+		backends += len(cfg.Services[i].Backends)
+	}
+	if backends > maxBackends {
+		c.refuse(raw.services.place, fmt.Sprintf("%d backends altogether are over the limit of %d", backends,
+			maxBackends), "divide them between hosts")
+	}
+	c.together(raw.services.items, cfg.Services)
+	return cfg
+}
+
+func (c *checker) node(raw text) string {
+	if raw.state != absent {
+		return scalar(c, raw, "", parseNode)
+	}
+	name, err := c.hostname()
+	if err != nil {
+		c.refuse(raw.place, fmt.Sprintf("the host's name can't be read (%v)", err), "write node: and a name")
+		return ""
+	}
+	if _, bad := parseNode(name); bad != nil {
+		c.refuse(raw.place, fmt.Sprintf("the host's name won't do: it %s", bad.problem), "write node: and a name")
+	}
+	return name
+}
+
+func (c *checker) dataplane(raw *rawDataplane) Dataplane {
+	d := Dataplane{
+		Mode:        choose(c, raw.mode, defaultMode, modes),
+		XDP:         choose(c, raw.xdp, defaultXDP, xdpModes),
+		Connections: c.number(raw.connections, defaultConnections, minTable, maxTable),
+		PinPath:     scalar(c, raw.pinPath, defaultPinPath, parsePinPath),
+		Epoch:       c.duration(raw.epoch, defaultEpoch, minEpoch, maxEpoch),
+	}
+	d.HalfOpen = c.number(raw.halfOpen, defaultHalfOpen(d.Connections), minTable, maxTable)
+	for _, item := range raw.interfaces.items {
+		name := scalar(c, item, "", parseInterface)
+		if name != "" && slices.Contains(d.Interfaces, name) {
+			c.refuse(item.place, fmt.Sprintf("interface %s is named already", name), "name each interface once")
+			continue
+		}
+		d.Interfaces = append(d.Interfaces, name)
+	}
+	return d
+}
+
+func (c *checker) control(raw *rawControl) Control {
+	control := Control{Socket: scalar(c, raw.socket, defaultSocket, parseSocket)}
+	if raw.http.state == absent || raw.http.state == given {
+		control.HTTP = scalar(c, raw.http, defaultHTTP, parseHTTP)
+	}
+	return control
+}
+
+func (c *checker) service(raw *rawService, d *Dataplane) Service {
+	if raw.state == empty {
+		c.refuse(raw.place, "the item is empty", "write a service after the dash or take the dash out")
+	}
+	if raw.state != given {
+		return Service{}
+	}
+	s := Service{
+		Name:          scalar(c, c.required(raw.name), "", parseName),
+		Address:       c.address(c.required(raw.address), d.Mode),
+		Port:          scalar(c, c.required(raw.port), 0, parsePortField),
+		Protocol:      choose(c, raw.protocol, defaultProtocol, protocols),
+		Method:        choose(c, raw.method, defaultMethod, methods),
+		Affinity:      choose(c, raw.affinity, defaultAffinity, affinities),
+		RingSize:      c.ringSize(raw.ringSize, len(raw.backends.items)),
+		OnBackendDown: choose(c, raw.onBackendDown, defaultOnBackendDown, downPolicies),
+		Health:        c.serviceHealth(&raw.health),
+		Balance:       Balance{Mode: choose(c, raw.balance.mode, defaultBalance, balanceModes)},
+		ProxyProtocol: choose(c, raw.proxyProtocol, defaultProxyProtocol, proxyProtocols),
+		Announce:      choose(c, raw.announce, defaultAnnounce, announces),
+	}
+	s.IdleTimeout = c.idleTimeout(raw.idleTimeout, s.Protocol, d.Epoch)
+	c.sources(raw, &s, d.Mode)
+	c.proxy(raw.proxyProtocol.place, &s, d.Mode)
+	if len(raw.backends.items) == 0 && raw.backends.state != broken {
+		c.refuse(raw.backends.place, "the service has no backend", "add a backend or remove the service")
+	}
+	for i := range raw.backends.items {
+		s.Backends = append(s.Backends, c.backend(&raw.backends.items[i], &s, d.Mode))
+	}
+	c.distinctBackends(raw.backends.items, s.Backends)
+	return s
+}
+
+// required refuses an absent field.
+func (c *checker) required(t text) text {
+	if t.state == absent {
+		name := t.field[strings.LastIndexByte(t.field, '.')+1:]
+		c.refuse(t.place, "is missing", fmt.Sprintf("write %s: and its value", name))
+		t.state = broken
+	}
+	return t
+}
+
+// ringSize asks for a prime, because Maglev's permutations visit every slot only then (Eisenbud et al., NSDI 2016,
+// section 3.4).
+func (c *checker) ringSize(raw text, backends int) uint32 {
+	size := c.number(raw, defaultRingSize, 2, maxRingSize)
+	if size == 0 {
+		return 0
+	}
+	least := uint64(backends) * slotsABackend
+	at := raw.place
+	switch {
+	case least > maxRingSize:
+		c.refuse(at, fmt.Sprintf("no ring is large enough for %d backends: the largest has %d slots", backends,
+			maxRingSize), "divide the service")
+	case uint64(size) < least:
+		c.refuse(at, fmt.Sprintf("a ring of %d slots is too small for %d backends", size, backends),
+			fmt.Sprintf("take a prime of at least %d slots a backend, as %d", slotsABackend, nextPrime(uint32(least))))
+	case !isPrime(size):
+		c.refuse(at, fmt.Sprintf("%d is not a prime", size),
+			fmt.Sprintf("take a prime, as %d", nextPrime(max(size, uint32(least)))))
+	}
+	return size
+}
+
+func isPrime(n uint32) bool {
+	for d := uint32(2); d*d <= n; d++ {
+		if n%d == 0 {
+			return false
+		}
+	}
+	return n > 1
+}
+
+// nextPrime returns the least prime that is not below n.
+func nextPrime(n uint32) uint32 {
+	for !isPrime(n) {
+		n++
+	}
+	return n
+}
+
+func (c *checker) idleTimeout(raw text, p Protocol, epoch time.Duration) time.Duration {
+	idle := c.duration(raw, defaultIdleTimeout(p), time.Millisecond, maxIdle)
+	if least := idleEpochs * epoch; idle != 0 && idle < least {
+		c.refuse(raw.place, fmt.Sprintf("%v is under four epochs of %v", idle, epoch),
+			fmt.Sprintf("take %v or more, or a shorter dataplane.epoch", least))
+	}
+	return idle
+}
+
+func (c *checker) proxy(at place, s *Service, mode Mode) {
+	switch {
+	case s.ProxyProtocol == "" || s.ProxyProtocol == ProxyNone:
+	case mode == ModeXDP:
+		c.refuse(at, "xdp can't write a PROXY header into a connection", "take none, or mode auto or userspace")
+	case s.ProxyProtocol == ProxyV1 && s.Protocol == ProtocolUDP:
+		c.refuse(at, "version 1 of the PROXY protocol does not know udp", "take v2 or none")
+	}
+}
+
+func (c *checker) sources(raw *rawService, s *Service, mode Mode) {
+	s.SourcePorts = scalar(c, raw.sourcePorts, PortRange{}, parseSourcePorts)
+	for _, item := range raw.sourceAddresses.items {
+		address := c.address(item, mode)
+		switch {
+		case !address.IsValid():
+		case containsAddress(s.SourceAddresses, address):
+			c.refuse(item.place, fmt.Sprintf("%v is listed already", address), "list each address once")
+		case s.Method == MethodFullNAT && s.Address.IsValid() && address.Is4() != s.Address.Is4():
+			c.refuse(item.place, fmt.Sprintf("%v is %s, but the backends of an %s service are %[3]s", address,
+				family(address), family(s.Address)), fmt.Sprintf("list %s addresses", family(s.Address)))
+		}
+		s.SourceAddresses = append(s.SourceAddresses, address)
+	}
+	if n := len(raw.sourceAddresses.items); n > maxSources {
+		c.refuse(raw.sourceAddresses.place, fmt.Sprintf("%d source addresses are over the limit of %d", n, maxSources),
+			"list fewer")
+	}
+	if s.Method == MethodFullNAT || s.Method == "" {
+		return
+	}
+	// An empty list chooses nothing and so says nothing wrong.
+	if len(raw.sourceAddresses.items) > 0 {
+		c.refuse(raw.sourceAddresses.place, fmt.Sprintf("method %s keeps the client's address", s.Method),
+			"take them out, or take method fullnat")
+	}
+	if raw.sourcePorts.state == given {
+		c.refuse(raw.sourcePorts.place, fmt.Sprintf("method %s keeps the client's port", s.Method),
+			"take them out, or take method fullnat")
+	}
+}
+
+func (c *checker) serviceHealth(raw *rawHealth) Health {
+	if raw.state != given {
+		return Health{Type: defaultHealthType}
+	}
+	if raw.kind.state == absent {
+		c.refuse(raw.kind.place, "is missing", "write type: and one of "+spell(healthTypes))
+	}
+	return c.health(raw, Health{})
+}
+
+// health reads raw over base, whose zero fields have the usual defaults.
+func (c *checker) health(raw *rawHealth, base Health) Health {
+	h := Health{
+		Type:     choose(c, raw.kind, base.Type, healthTypes),
+		Interval: c.duration(raw.interval, cmp.Or(base.Interval, defaultChecks.Interval), minHealthInterval, maxHealthInterval),
+		Rise:     c.number(raw.rise, cmp.Or(base.Rise, defaultChecks.Rise), 1, maxRiseFall),
+		Fall:     c.number(raw.fall, cmp.Or(base.Fall, defaultChecks.Fall), 1, maxRiseFall),
+		Path:     scalar(c, raw.path, "", parseHealthPath),
+	}
+	timeout := cmp.Or(base.Timeout, defaultChecks.Timeout)
+	if h.Interval != 0 {
+		timeout = min(timeout, h.Interval)
+	}
+	h.Timeout = c.duration(raw.timeout, timeout, minHealthTimeout, maxHealthInterval)
+	if h.Interval != 0 && h.Timeout > h.Interval {
+		c.refuse(raw.timeout.place, fmt.Sprintf("%v is longer than the interval of %v", h.Timeout, h.Interval),
+			fmt.Sprintf("take %v or less, or a longer interval", h.Interval))
+	}
+	switch {
+	case h.Type.hasPath():
+		if raw.path.state == absent {
+			h.Path = cmp.Or(base.Path, defaultHealthPath)
+		}
+	case h.Type != "" && h.Path != "":
+		c.refuse(raw.path.place, fmt.Sprintf("a check of type %s asks for no path", h.Type),
+			"take it out, or take type http, https or websocket")
+	}
+	if h.Type == HealthNone {
+		return Health{Type: HealthNone}
+	}
+	return h
+}
+
+func (c *checker) backend(raw *rawBackend, s *Service, mode Mode) Backend {
+	if raw.state == empty {
+		c.refuse(raw.place, "the item is empty", "write a backend after the dash or take the dash out")
+	}
+	if raw.state != given {
+		return Backend{}
+	}
+	b := Backend{
+		Name:    scalar(c, c.required(raw.name), "", parseName),
+		Address: c.address(c.required(raw.address), mode),
+		Port:    scalar(c, raw.port, s.Port, parsePortField),
+		Weight:  c.number(raw.weight, defaultWeight, 0, maxWeight),
+	}
+	if raw.health.state == given {
+		h := c.health(&raw.health, s.Health)
+		b.Health = &h
+	}
+	if s.Method.keepsPort() && b.Port != 0 && s.Port != 0 && b.Port != s.Port {
+		c.refuse(raw.port.place, fmt.Sprintf("port %d is not the service's port %d, and under %s packets arrive with that",
+			b.Port, s.Port, s.Method), "leave the port out, or take method fullnat or nat")
+	}
+	if s.Method.keepsFamily() && b.Address.IsValid() && s.Address.IsValid() && b.Address.Is4() != s.Address.Is4() {
+		c.refuse(raw.address.place, fmt.Sprintf("%v is %s, but clients come by %s, and %s can't cross", b.Address,
+			family(b.Address), family(s.Address), s.Method),
+			fmt.Sprintf("take an %s address, or method ipip or gue", family(s.Address)))
+	}
+	return b
+}
+
+func (c *checker) distinctBackends(raw []rawBackend, backends []Backend) {
+	names, sockets := map[string]int{}, map[netip.AddrPort]int{}
+	for i, b := range backends {
+		if first, twice := names[b.Name]; twice && b.Name != "" {
+			c.refuse(raw[i].name.place, fmt.Sprintf("backend %s stands in line %d already", b.Name,
+				raw[first].name.line), "give it a name of its own")
+		} else {
+			names[b.Name] = i
+		}
+		if !b.Address.IsValid() || b.Port == 0 {
+			continue
+		}
+		socket := netip.AddrPortFrom(b.Address.WithZone(""), b.Port)
+		if first, twice := sockets[socket]; twice {
+			c.refuse(raw[i].address.place, fmt.Sprintf("%v is backend %s of line %d already", socket,
+				backends[first].Name, raw[first].line), "take one of them out; a weight gives a backend a larger share")
+		} else {
+			sockets[socket] = i
+		}
+	}
+}
+
+// endpoint is what the data plane knows a service by. It has no interface: a link-local address counts once.
+type endpoint struct {
+	socket   netip.AddrPort
+	protocol Protocol
+}
+
+func endpointOf(address netip.Addr, port uint16, protocol Protocol) (endpoint, bool) {
+	return endpoint{netip.AddrPortFrom(address.WithZone(""), port), protocol},
+		address.IsValid() && port != 0 && protocol != ""
+}
+
+// together checks the services against each other.
+func (c *checker) together(raw []rawService, services []Service) {
+	names, endpoints, sources := map[string]int{}, map[endpoint]int{}, map[netip.Addr]int{}
+	for i, s := range services {
+		if first, twice := names[s.Name]; twice && s.Name != "" {
+			c.refuse(raw[i].name.place, fmt.Sprintf("service %s stands in line %d already", s.Name,
+				raw[first].name.line), "give it a name of its own")
+		} else {
+			names[s.Name] = i
+		}
+		if e, known := endpointOf(s.Address, s.Port, s.Protocol); known {
+			if first, twice := endpoints[e]; twice {
+				c.refuse(raw[i].address.place, fmt.Sprintf("%v %s is service %s of line %d already", e.socket, e.protocol,
+					services[first].Name, raw[first].line), "make them one service, or take another address or port")
+			} else {
+				endpoints[e] = i
+			}
+		}
+	}
+	for i, s := range services {
+		for j, b := range s.Backends {
+			e, known := endpointOf(b.Address, b.Port, s.Protocol)
+			if other, is := endpoints[e]; known && is {
+				c.refuse(raw[i].backends.items[j].address.place, fmt.Sprintf("%v %s is the address of service %s, so that "+
+					"connections would go in a circle", e.socket, e.protocol, services[other].Name),
+					"write the address of the server itself")
+			}
+		}
+		if raw[i].sourcePorts.state == broken || raw[i].sourcePorts.state == given && s.SourcePorts.IsZero() {
+			continue
+		}
+		for j, address := range s.SourceAddresses {
+			if !address.IsValid() {
+				continue
+			}
+			if other, within := serviceWithin(services, address, s.Protocol, s.SourcePorts); within {
+				c.refuse(raw[i].sourcePorts.place, fmt.Sprintf("ports %v of %v hold port %d of service %s on that address",
+					s.SourcePorts, address, other.Port, other.Name), "take a range without it")
+			}
+			first, shared := sources[address.WithZone("")]
+			if !shared {
+				sources[address.WithZone("")] = i
+			} else if services[first].SourcePorts != s.SourcePorts {
+				c.refuse(raw[i].sourceAddresses.items[j].place, fmt.Sprintf("%v has source ports %s here, but %s in service %s",
+					address, orDefault(s.SourcePorts), orDefault(services[first].SourcePorts), services[first].Name),
+					"give both services the same source_ports, or addresses of their own")
+			}
+		}
+	}
+}
+
+func orDefault(ports PortRange) string {
+	if ports.IsZero() {
+		return "by default"
+	}
+	return ports.String()
+}
+
+func containsAddress(list []netip.Addr, address netip.Addr) bool {
+	return slices.ContainsFunc(list, func(a netip.Addr) bool { return a.WithZone("") == address.WithZone("") })
+}
+
+func family(a netip.Addr) string {
+	if a.Is4() {
+		return "IPv4"
+	}
+	return "IPv6"
+}
