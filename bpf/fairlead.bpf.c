@@ -1,6 +1,7 @@
-// go:build ignore
-//  SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
-//  The data plane of Fairlead. This file reads from top to bottom as a packet's way; each step has a header of its own.
+//go:build ignore
+
+// SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
+// The data plane of Fairlead. This file reads from top to bottom as a packet's way; each step has a header of its own.
 #include "packet.h"
 #include "choose.h"
 #include "counters.h"

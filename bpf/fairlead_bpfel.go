@@ -49,11 +49,11 @@ const (
 
 type FairleadBackendLabel struct {
 	_            structs.HostLayout
-	Name         [64]int8
+	Name         [64]uint8
 	Used         uint32
 	Weight       uint32
 	NextHopState uint32
-	Reason       [64]int8
+	Reason       [64]uint8
 }
 
 type FairleadBitmapSet struct {
@@ -216,8 +216,12 @@ const (
 )
 
 type FairleadPool struct {
-	_      structs.HostLayout
-	Source uint32
+	_        structs.HostLayout
+	Source   uint32
+	Address  [4]uint32
+	Port     uint16
+	Family   uint8
+	Protocol uint8
 }
 
 type FairleadReply4 struct {
@@ -308,7 +312,7 @@ type FairleadServiceKey6 struct {
 
 type FairleadServiceLabel struct {
 	_           structs.HostLayout
-	Name        [64]int8
+	Name        [64]uint8
 	Address     [4]uint32
 	Port        uint16
 	Family      uint8

@@ -191,6 +191,10 @@ struct source {
 // The port queue of one source address towards one backend's address and port.
 struct pool {
 	__u32 source; // number of the source address
+	__be32 address[4]; // of the backend, for the daemon: the programs come here by the backend
+	__be16 port;
+	__u8 family; // 0: this number is free
+	__u8 protocol;
 };
 
 enum connection_state {
@@ -334,7 +338,7 @@ struct traffic {
 
 // Names, for whoever reads the maps; the programs don't.
 struct service_label {
-	char name[MAX_NAME];
+	__u8 name[MAX_NAME];
 	__be32 address[4];
 	__be16 port;
 	__u8 family; // 0: this number is free
@@ -345,11 +349,11 @@ struct service_label {
 };
 
 struct backend_label {
-	char name[MAX_NAME];
+	__u8 name[MAX_NAME];
 	__u32 used; // 0: this number is free
 	__u32 weight;
 	__u32 next_hop_state;  // as the neighbour watcher has it
-	char reason[MAX_NAME]; // why there is no next hop
+	__u8 reason[MAX_NAME]; // why there is no next hop
 };
 
 // `tend` looks after entries for the daemon, and looks again as it does so: a record is obeyed only where the entry is

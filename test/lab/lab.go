@@ -47,7 +47,7 @@ type Lab struct {
 // killed, or kept, has left. It returns ErrInUse while another one is open.
 func New(prefix string) (*Lab, error) {
 	if os.Getenv(peerVariable) != "" {
-		return nil, fmt.Errorf("open lab %s: this process was started as a lab's peer: call lab.PeerMain first in main or TestMain", prefix)
+		return nil, fmt.Errorf("open lab %s: this process is a lab's peer: call lab.PeerMain first in main or TestMain", prefix)
 	}
 	lock, err := claim(prefix)
 	if err != nil {

@@ -214,7 +214,11 @@ func leaveOrphans(prefix string) {
 		var n *Node
 		if n, err = l.Node("left"); err == nil {
 			// The second leads a group whose leader ends, and leaves a child; the third won't hear of SIGTERM.
-			for _, argv := range [][]string{{"sleep", "600"}, {"sh", "-c", "sleep 601 & exit 0"}, {"sh", "-c", "trap '' TERM; sleep 602; sleep 603"}} {
+			for _, argv := range [][]string{
+				{"sleep", "600"},
+				{"sh", "-c", "sleep 601 & exit 0"},
+				{"sh", "-c", "trap '' TERM; sleep 602; sleep 603"},
+			} {
 				var p *Process
 				if p, err = n.Start(n.Command(context.Background(), argv...)); err != nil {
 					break
@@ -428,8 +432,9 @@ func TestCable(t *testing.T) {
 	l := mustNew(t, prefixOf(t, "cable"))
 	a, b := mustNode(t, l, "a"), mustNode(t, l, "b")
 	link := func(host string) Link {
-		return Link{Name: "eth0", MTU: 9000, Queues: 2, Pass: true,
-			Addresses: []netip.Prefix{netip.MustParsePrefix("10.0.0." + host + "/24"), netip.MustParsePrefix("fd00::" + host + "/64")}}
+		return Link{Name: "eth0", MTU: 9000, Queues: 2, Pass: true, Addresses: []netip.Prefix{
+			netip.MustParsePrefix("10.0.0." + host + "/24"), netip.MustParsePrefix("fd00::" + host + "/64"),
+		}}
 	}
 	if err := l.Cable(a, link("1"), b, link("2")); err != nil {
 		t.Fatal(err)

@@ -146,7 +146,8 @@ type peer struct {
 // startPeer starts this program again as a peer in the node's namespace.
 func (n *Node) startPeer(kind, name string) (*peer, error) {
 	if !peerMainCalled {
-		return nil, fmt.Errorf("start %s: call lab.PeerMain first in main or TestMain: peers are this program started again", name)
+		return nil, fmt.Errorf("start %s: peers are this program, started again: call lab.PeerMain first in main or TestMain",
+			name)
 	}
 	program, err := os.Executable()
 	if err != nil {

@@ -132,7 +132,8 @@ func open(prefix string, options Options, t *Topology) (*Topology, error) {
 		options.Services = DefaultServices()
 	}
 	if options.ClientAddresses < 1 || options.ClientAddresses > maxHosts {
-		return nil, fmt.Errorf("build topology %s: %d client addresses: want 1 to %d", prefix, options.ClientAddresses, maxHosts)
+		return nil, fmt.Errorf("build topology %s: %d client addresses: want 1 to %d", prefix,
+			options.ClientAddresses, maxHosts)
 	}
 	if options.Backends < 0 || options.Backends > maxHosts {
 		return nil, fmt.Errorf("build topology %s: %d backends: want 1 to %d", prefix, options.Backends, maxHosts)
@@ -198,7 +199,9 @@ func (t *Topology) build() error {
 			t.join(t.Edge, t.back, t.EdgeBack, backNet.host(edgeHost)))
 	}
 	t.edge = backNet.addresses(edgeHost)
-	steps = append(steps, t.Edge.AddDefaultRoutes(toEdge.addresses(routerHost)...), t.Edge.SetForwarding(t.options.EdgeForwards))
+	steps = append(steps,
+		t.Edge.AddDefaultRoutes(toEdge.addresses(routerHost)...),
+		t.Edge.SetForwarding(t.options.EdgeForwards))
 	for _, service := range t.Services {
 		if !toEdge.contains(service) {
 			gateway := sameFamily(toEdge.addresses(edgeHost), service)[0]

@@ -175,7 +175,11 @@ func TestFullNATPaths(t *testing.T) {
 			backend := topology.Backends()[1]
 			cmd := topology.Edge.Command(context.Background(), "nft", "-f", "-")
 			cmd.Stdin = strings.NewReader(fmt.Sprintf(`table inet edge {
-				chain in { type nat hook prerouting priority dstnat; tcp dport 443 dnat ip to %s:8765; tcp dport 443 dnat ip6 to [%s]:8765; }
+				chain in {
+					type nat hook prerouting priority dstnat
+					tcp dport 443 dnat ip to %s:8765
+					tcp dport 443 dnat ip6 to [%s]:8765
+				}
 				chain out { type nat hook postrouting priority srcnat; masquerade; }
 			}`, backend.IPv4, backend.IPv6))
 			if output, err := cmd.CombinedOutput(); err != nil {

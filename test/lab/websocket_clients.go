@@ -192,7 +192,8 @@ type client struct {
 }
 
 func newClientsRole() role {
-	r := &clientsRole{stats: ClientStats{Servers: map[string]int{}}, chatter: ChatterOptions{Size: 64, Timeout: 10 * time.Second}}
+	r := &clientsRole{stats: ClientStats{Servers: map[string]int{}}}
+	r.setChatter(ChatterOptions{}) // the defaults, at rate 0
 	go r.talk()
 	go r.watch()
 	return r

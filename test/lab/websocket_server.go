@@ -55,7 +55,8 @@ func (n *Node) StartServer(options ServerOptions) (*Server, error) {
 		options.Name = n.name
 	}
 	if strings.ContainsAny(options.Name, " \n") || len(options.Listen) == 0 {
-		return nil, fmt.Errorf("start server %q on %v: want a name without spaces, and an address at least", options.Name, options.Listen)
+		return nil, fmt.Errorf("start server %q on %v: want a name without spaces, and an address at least",
+			options.Name, options.Listen)
 	}
 	p, err := n.startPeer("server", n.name+"-server")
 	if err != nil {

@@ -191,12 +191,13 @@ func TestFaultsShow(t *testing.T) {
 	// A caller that gives up is heard.
 	short, cancel := context.WithTimeout(ctx, 100*time.Millisecond)
 	defer cancel()
-	err = clients.Open(short, OpenOptions{Target: netip.MustParseAddrPort("10.0.0.199:1"), Count: 100, Parallel: 1, Timeout: time.Minute})
+	nobody := netip.MustParseAddrPort("10.0.0.199:1")
+	err = clients.Open(short, OpenOptions{Target: nobody, Count: 100, Parallel: 1, Timeout: time.Minute})
 	if err == nil {
 		t.Error("open to nobody is done")
 	}
 	await(t, "the dial under way to end", func() bool { return mustStats(t, clients).Failed == 4 })
-	if err := clients.Open(ctx, OpenOptions{Target: netip.MustParseAddrPort("10.0.0.11:1"), Count: MaxClients + 1}); err == nil {
+	if err := clients.Open(ctx, OpenOptions{Target: nobody, Count: MaxClients + 1}); err == nil {
 		t.Error("more clients than a process holds")
 	}
 }
@@ -228,7 +229,8 @@ func TestHealthPath(t *testing.T) {
 	if err := clients.Open(t.Context(), OpenOptions{Target: target, Path: HealthPath, Count: 1}); err != nil {
 		t.Fatal(err)
 	}
-	output, err := topology.Edge.Command(t.Context(), "curl", "-sS", "-m5", "-w%{http_code}", "http://"+target.String()+HealthPath).CombinedOutput()
+	url := "http://" + target.String() + HealthPath
+	output, err := topology.Edge.Command(t.Context(), "curl", "-sS", "-m5", "-w%{http_code}", url).CombinedOutput()
 	if err != nil || string(output) != fmt.Sprintf("ws1 is well\n%d", http.StatusOK) {
 		t.Errorf("GET %s: %q, %v", HealthPath, output, err)
 	}

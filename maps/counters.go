@@ -1,0 +1,77 @@
+package maps
+
+import (
+	"fmt"
+
+	"fairlead/bpf"
+)
+
+// Counters reads what the data plane counts.
+type Counters struct{ raw *bpf.FairleadMaps }
+
+// Traffic is what went through a service or to a backend since its number was given to it.
+type Traffic struct {
+	Packets      uint64 `json:"packets"` // from clients
+	Bytes        uint64 `json:"bytes"`
+	Connections  uint64 `json:"new_connections"`
+	Refused      uint64 `json:"refused"`
+	ReplyPackets uint64 `json:"reply_packets"` // from backends, where replies pass
+	ReplyBytes   uint64 `json:"reply_bytes"`
+}
+
+// Totals are counts by name, in the order of the names of package bpf.
+type Totals struct {
+	Verdicts, Events []uint64
+}
+
+// Totals sums the verdicts and events of all CPUs.
+func (c Counters) Totals() (Totals, error) {
+	var perCPU []bpf.FairleadCounterSet
+	if err := c.raw.Counters.Lookup(uint32(0), &perCPU); err != nil {
+		return Totals{}, fmt.Errorf("read the counters: %w", err)
+	}
+	sum := Totals{
+		Verdicts: make([]uint64, len(perCPU[0].Verdicts)),
+		Events:   make([]uint64, len(perCPU[0].Events)),
+	}
+	for i := range perCPU {
+		for j, n := range perCPU[i].Verdicts {
+			sum.Verdicts[j] += n
+		}
+		for j, n := range perCPU[i].Events {
+			sum.Events[j] += n
+		}
+	}
+	return sum, nil
+}
+
+func trafficOf(perCPU []bpf.FairleadTraffic) (sum Traffic) {
+	for i := range perCPU {
+		t := &perCPU[i]
+		sum.Packets += t.Packets
+		sum.Bytes += t.Bytes
+		sum.Connections += t.Connections
+		sum.Refused += t.Refused
+		sum.ReplyPackets += t.ReplyPackets
+		sum.ReplyBytes += t.ReplyBytes
+	}
+	return sum
+}
+
+// Service is the traffic of a service by its number.
+func (c Counters) Service(id uint32) (Traffic, error) {
+	var perCPU []bpf.FairleadTraffic
+	if err := c.raw.ServiceTraffic.Lookup(id, &perCPU); err != nil {
+		return Traffic{}, fmt.Errorf("read the traffic of service %d: %w", id, err)
+	}
+	return trafficOf(perCPU), nil
+}
+
+// Backend is the traffic of a backend by its number.
+func (c Counters) Backend(id uint32) (Traffic, error) {
+	var perCPU []bpf.FairleadTraffic
+	if err := c.raw.BackendTraffic.Lookup(id, &perCPU); err != nil {
+		return Traffic{}, fmt.Errorf("read the traffic of backend %d: %w", id, err)
+	}
+	return trafficOf(perCPU), nil
+}

@@ -1,0 +1,663 @@
+package maps
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/cilium/ebpf"
+
+	"fairlead/bpf"
+)
+
+// HalfOpenLife is how long a connection may stay half-open, counted from its first SYN.
+const HalfOpenLife = 75 * time.Second
+
+// Wanted is a whole configuration as the maps are to hold it.
+type Wanted struct{ Services []WantedService }
+
+// WantedService is a service and its backends.
+type WantedService struct {
+	Name           string
+	Address        netip.Addr
+	Port           uint16
+	Protocol       uint8
+	RingSize       uint32 // a prime
+	AffinityClient bool
+	OnBackendDown  DownPolicy
+	IdleTimeout    time.Duration
+	Backends       []WantedBackend
+}
+
+// WantedBackend is a backend. A backend of another address, port or method is another backend, whatever its name.
+type WantedBackend struct {
+	Name    string
+	Address netip.Addr
+	Port    uint16
+	Method  Method
+	Weight  uint32 // 0: no new connections
+	// Sources are fullnat's source addresses towards this backend, at most 16.
+	Sources []WantedSource
+}
+
+// WantedSource is a source address and its ports, both ends included.
+type WantedSource struct {
+	Address     netip.Addr
+	First, Last uint16
+}
+
+// ErrFixed is what Apply answers when something is to change that can't be changed on a living service. Nothing was changed.
+var ErrFixed = errors.New("can't be changed while it is in use")
+
+type serviceKey struct {
+	address  netip.Addr
+	port     uint16
+	protocol uint8
+}
+
+// identity is what makes a backend the same backend.
+type identity struct {
+	service uint32
+	name    string
+	address netip.Addr
+	port    uint16
+	method  Method
+}
+
+type poolKey struct {
+	address  netip.Addr
+	port     uint16
+	protocol uint8
+	source   uint32
+}
+
+func keyOf(s *Service) serviceKey { return serviceKey{s.Address, s.Port, s.Protocol} }
+
+func identityOf(b *Backend) identity { return identity{b.Service, b.Name, b.Address, b.Port, b.Method} }
+
+// Manager is the one writer of the maps. Its methods may be called from any goroutine.
+type Manager struct {
+	set        *Set
+	tend, fill *ebpf.Program
+	epoch      time.Duration
+	log        *slog.Logger
+
+	mu       sync.Mutex
+	services map[uint32]*Service
+	backends map[uint32]*Backend
+	sources  map[uint32]*Source
+	pools    map[poolKey]uint32
+	rings    map[uint32]*liveRing
+	wanted   map[netip.Addr]bool // source addresses in the configuration
+
+	granted  uint32         // tick from which idleness counts: nobody turned epochs before
+	turned   uint32         // tick of the last epoch turned
+	scans    uint32         // tables walked
+	empty    map[uint32]int // leaving backends: walks in a row that met no connection of theirs
+	barrier  *ebpf.Map
+	barriers uint32
+}
+
+// liveRing is a service's ring in the maps.
+type liveRing struct {
+	m         *ebpf.Map
+	words     []uint32
+	unsettled bool
+}
+
+// ManagerOptions are what a Manager needs beside the maps.
+type ManagerOptions struct {
+	Tend, Fill *ebpf.Program // the data plane's programs of these names
+	Epoch      time.Duration // how long an epoch is; at most 10 s
+	Logger     *slog.Logger  // default: slog.Default()
+}
+
+// barrierSlot is an entry of the map of rings that no service is given: updating it waits for the data plane.
+const barrierSlot = uint32(bpf.FairleadLimitsMAX_SERVICES) - 1
+
+// NewManager takes over what the maps hold: after a crash as well as after a stop. It settles what was left unsettled, and
+// grants every connection a full timeout, as nobody knows what the fast path forwarded meanwhile.
+func NewManager(raw *bpf.FairleadMaps, opts ManagerOptions) (*Manager, error) {
+	set, err := newSet(raw, true)
+	if err != nil {
+		return nil, err
+	}
+	m := &Manager{
+		set: set, tend: opts.Tend, fill: opts.Fill, epoch: opts.Epoch, log: cmp.Or(opts.Logger, slog.Default()),
+		services: make(map[uint32]*Service), backends: make(map[uint32]*Backend), sources: make(map[uint32]*Source),
+		pools: make(map[poolKey]uint32), rings: make(map[uint32]*liveRing), empty: make(map[uint32]int),
+		granted: Now(), turned: Now(),
+	}
+	if err := m.adopt(); err != nil {
+		m.Close()
+		return nil, err
+	}
+	return m, nil
+}
+
+// Set is the typed view of the Manager's maps.
+func (m *Manager) Set() *Set { return m.set }
+
+// Close gives up the Manager's own handles. The maps stay as they are.
+func (m *Manager) Close() error {
+	for _, r := range m.rings {
+		r.m.Close()
+	}
+	if m.barrier != nil {
+		m.barrier.Close()
+	}
+	return m.set.Close()
+}
+
+func (m *Manager) adopt() error {
+	inv, err := m.set.Inventory()
+	if err != nil {
+		return err
+	}
+	for i := range inv.Services {
+		s := &inv.Services[i]
+		m.services[s.ID] = s
+		rm, err := m.set.ringMap(s.ID)
+		if err != nil {
+			return err
+		}
+		r := &liveRing{m: rm}
+		m.rings[s.ID] = r
+		if r.words, err = ringWords(rm); err != nil {
+			return err
+		}
+		r.unsettled = slices.ContainsFunc(r.words, func(w uint32) bool { return w&slotUnsettled != 0 })
+	}
+	for i := range inv.Sources {
+		m.sources[inv.Sources[i].ID] = &inv.Sources[i]
+	}
+	for i := range inv.Backends {
+		b := &inv.Backends[i]
+		m.backends[b.ID] = b
+	}
+	if err := walkTable(m.set.raw.Pools, func(id *uint32, v *bpf.FairleadPool) error {
+		if v.Family != 0 {
+			m.pools[poolKey{wordsAddress(v.Family, v.Address), portWire(v.Port), v.Protocol, v.Source}] = *id
+		}
+		return nil
+	}); err != nil {
+		return err
+	}
+	if m.barrier, err = newRingMap(1); err != nil {
+		return err
+	}
+	// A rebuild of the exception bitmap that was cut short: the one in use is whole.
+	m.set.Control.setExceptionBoth(false)
+	return m.sweep()
+}
+
+// Apply makes the maps hold what is wanted, changing only what differs, in an order in which no packet meets a half-made
+// service: source addresses, backends with their port pools, rings, services. What is no longer wanted is out for new
+// connections at once and stays until its last connection has ended. It answers the changes, a line each, for people.
+// Errors: ErrFixed, before anything is changed.
+func (m *Manager) Apply(w Wanted, hop func(netip.Addr) NextHop) (changes []string, err error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if err := m.refuse(w); err != nil {
+		return nil, err
+	}
+	say := func(format string, args ...any) { changes = append(changes, fmt.Sprintf(format, args...)) }
+
+	m.wanted = make(map[netip.Addr]bool)
+	keep := make(map[uint32]bool) // services
+	stay := make(map[uint32]bool) // backends
+	var swapped []uint32
+	for i := range w.Services {
+		ws := &w.Services[i]
+		s, fresh, err := m.serviceFor(ws)
+		if err != nil {
+			return changes, err
+		}
+		keep[s.ID] = true
+		members, ids, err := m.backendsFor(ws, s.ID, hop, stay, say)
+		if err != nil {
+			return changes, err
+		}
+		changed, err := m.ringFor(s, ws, members, ids)
+		if err != nil {
+			return changes, err
+		}
+		if changed {
+			swapped = append(swapped, s.ID)
+		}
+		if fresh {
+			say("service %s added: %v, %d backends", ws.Name, s.AddrPort(), len(ws.Backends))
+		}
+		if err := m.putService(s, ws); err != nil {
+			return changes, err
+		}
+	}
+	for _, s := range m.services {
+		if keep[s.ID] || s.Leaving {
+			continue
+		}
+		s.Leaving = true
+		say("service %s leaving: no new connections", s.Name)
+		if err := m.writeService(s); err != nil {
+			return changes, err
+		}
+	}
+	for _, b := range m.backends {
+		if stay[b.ID] || b.Leaving {
+			continue
+		}
+		b.Leaving = true
+		say("backend %s leaving: no new connections", m.fullName(b))
+		if err := m.writeBackend(b); err != nil {
+			return changes, err
+		}
+	}
+	if len(swapped) > 0 {
+		if err := m.sweep(); err != nil {
+			return changes, err
+		}
+	}
+	slices.Sort(changes)
+	return changes, nil
+}
+
+func (m *Manager) fullName(b *Backend) string {
+	if s := m.services[b.Service]; s != nil {
+		return s.Name + "/" + b.Name
+	}
+	return b.Name
+}
+
+// refuse says what of a wanted configuration can't be had, all of it, before anything is changed.
+func (m *Manager) refuse(w Wanted) error {
+	var errs []error
+	ranges := make(map[netip.Addr]WantedSource)
+	for _, s := range m.sources {
+		ranges[s.Address] = WantedSource{s.Address, s.First, s.Last}
+	}
+	for i := range w.Services {
+		ws := &w.Services[i]
+		if old := m.find(serviceKey{ws.Address, ws.Port, ws.Protocol}); old != nil {
+			if old.RingSize != ws.RingSize {
+				errs = append(errs, fmt.Errorf("service %s: ring_size %d, living with %d, %w: give the service another "+
+					"address or port, or unload first", ws.Name, ws.RingSize, old.RingSize, ErrFixed))
+			}
+			if old.AffinityClient != ws.AffinityClient {
+				errs = append(errs, fmt.Errorf("service %s: affinity %w: give the service another address or port, "+
+					"or unload first", ws.Name, ErrFixed))
+			}
+		}
+		for _, b := range ws.Backends {
+			if len(b.Sources) > int(bpf.FairleadLimitsMAX_POOLS_A_BACKEND) {
+				errs = append(errs, fmt.Errorf("backend %s/%s: %d source addresses: at most %d are possible",
+					ws.Name, b.Name, len(b.Sources), bpf.FairleadLimitsMAX_POOLS_A_BACKEND))
+			}
+			for _, src := range b.Sources {
+				if old, ok := ranges[src.Address]; ok && old != src {
+					errs = append(errs, fmt.Errorf("service %s: source_ports %d-%d of %v, living with %d-%d, %w: use "+
+						"another source address, or unload first", ws.Name, src.First, src.Last, src.Address, old.First,
+						old.Last, ErrFixed))
+				}
+				ranges[src.Address] = src
+			}
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func (m *Manager) find(key serviceKey) *Service {
+	for _, s := range m.services {
+		if keyOf(s) == key {
+			return s
+		}
+	}
+	return nil
+}
+
+func freeNumber[T any](used map[uint32]T, limit uint32, what string) (uint32, error) {
+	for id := range limit {
+		if _, taken := used[id]; !taken {
+			return id, nil
+		}
+	}
+	return 0, fmt.Errorf("no number left for another %s: %d are in use", what, limit)
+}
+
+func (m *Manager) serviceFor(ws *WantedService) (s *Service, fresh bool, err error) {
+	if s = m.find(serviceKey{ws.Address, ws.Port, ws.Protocol}); s != nil {
+		return s, false, nil
+	}
+	id, err := freeNumber(m.services, barrierSlot, "service")
+	if err != nil {
+		return nil, false, err
+	}
+	s = &Service{
+		ID: id, Name: ws.Name, Address: ws.Address, Port: ws.Port, Protocol: ws.Protocol, RingSize: ws.RingSize,
+		AffinityClient: ws.AffinityClient,
+	}
+	if err := zeroPerCPU[bpf.FairleadTraffic](m.set.raw.ServiceTraffic, id); err != nil {
+		return nil, false, err
+	}
+	return s, true, nil
+}
+
+func (m *Manager) backendsFor(ws *WantedService, service uint32, hop func(netip.Addr) NextHop, stay map[uint32]bool,
+	say func(string, ...any)) (members []Member, ids []uint32, err error) {
+	for i := range ws.Backends {
+		wb := &ws.Backends[i]
+		key := identity{service, wb.Name, wb.Address, wb.Port, wb.Method}
+		var b *Backend
+		for _, have := range m.backends {
+			if identityOf(have) == key {
+				b = have
+			}
+		}
+		before := Backend{}
+		if b != nil {
+			before = *b
+			if before.Leaving {
+				say("backend %s/%s is back", ws.Name, b.Name)
+			} else if before.Weight != wb.Weight {
+				say("backend %s/%s: weight %d, was %d", ws.Name, b.Name, wb.Weight, before.Weight)
+			}
+		} else {
+			id, err := freeNumber(m.backends, uint32(bpf.FairleadLimitsMAX_BACKENDS), "backend")
+			if err != nil {
+				return nil, nil, err
+			}
+			b = &Backend{ID: id, Service: service, Name: wb.Name, Address: wb.Address, Port: wb.Port, Method: wb.Method}
+			if err := zeroPerCPU[bpf.FairleadTraffic](m.set.raw.BackendTraffic, id); err != nil {
+				return nil, nil, err
+			}
+			say("backend %s/%s added: %v by %v", ws.Name, b.Name, netip.AddrPortFrom(b.Address, b.Port), b.Method)
+		}
+		b.Weight, b.Leaving, b.Up = wb.Weight, false, true
+		b.NextHop = hop(b.Address)
+		if b.pools, err = m.poolsFor(b, wb.Sources); err != nil {
+			return nil, nil, err
+		}
+		if !slices.Equal(before.pools, b.pools) || before.Weight != b.Weight || before.Leaving || !before.Up ||
+			before.NextHop != b.NextHop {
+			if err := m.writeBackend(b); err != nil {
+				return nil, nil, err
+			}
+		}
+		m.backends[b.ID] = b
+		delete(m.empty, b.ID)
+		stay[b.ID] = true
+		members = append(members, Member{Name: b.Name, Weight: b.Weight})
+		ids = append(ids, b.ID)
+	}
+	return members, ids, nil
+}
+
+// writeBackend writes a backend's entry, then its label, which is what makes it there for readers. A changed next hop is
+// first written beside the one in use.
+func (m *Manager) writeBackend(b *Backend) error {
+	var old bpf.FairleadBackend
+	if err := m.set.raw.Backends.Lookup(b.ID, &old); err != nil {
+		return fmt.Errorf("read backend %d: %w", b.ID, err)
+	}
+	flags := bpf.FairleadBackendFlag(0)
+	if b.Up {
+		flags |= bpf.FairleadBackendFlagBACKEND_UP
+	}
+	if b.Leaving {
+		flags |= bpf.FairleadBackendFlagBACKEND_LEAVING
+	}
+	if b.NextHop.Known {
+		flags |= bpf.FairleadBackendFlagBACKEND_NEIGHBOR
+	}
+	v := bpf.FairleadBackend{
+		Address: addressWords(b.Address), Port: portWire(b.Port), Family: familyOf(b.Address), Method: uint8(b.Method),
+		Flags: uint32(flags), Service: b.Service, Mtu: b.NextHop.MTU, HopIndex: b.turn, Hop: old.Hop,
+		PoolCount: uint32(len(b.pools)),
+	}
+	copy(v.Pools[:], b.pools)
+	hop := bpf.FairleadHop{Mac: b.NextHop.MAC, SourceMac: b.NextHop.SourceMAC, Ifindex: b.NextHop.Interface}
+	if b.NextHop.Known && old.Hop[b.turn] != hop {
+		aside := old
+		aside.Hop[b.turn^1] = hop
+		if err := m.set.raw.Backends.Put(b.ID, &aside); err != nil {
+			return fmt.Errorf("write backend %d: %w", b.ID, err)
+		}
+		b.turn ^= 1
+		v.HopIndex, v.Hop = b.turn, aside.Hop
+	}
+	if err := m.set.raw.Backends.Put(b.ID, &v); err != nil {
+		return fmt.Errorf("write backend %d: %w", b.ID, err)
+	}
+	info := bpf.FairleadBackendLabel{Name: label(b.Name), Used: 1, Weight: b.Weight, Reason: label(b.NextHop.Reason)}
+	if err := m.set.raw.BackendInfo.Put(b.ID, &info); err != nil {
+		return fmt.Errorf("write the name of backend %d: %w", b.ID, err)
+	}
+	return nil
+}
+
+// SetNextHops gives every backend of these addresses its new next hop. It answers the backends whose next hop came or went.
+func (m *Manager) SetNextHops(hops map[netip.Addr]NextHop) (turned []Backend, err error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, b := range m.backends {
+		hop, ok := hops[b.Address]
+		if !ok || hop == b.NextHop {
+			continue
+		}
+		came := hop.Known != b.NextHop.Known
+		b.NextHop = hop
+		if err := m.writeBackend(b); err != nil {
+			return turned, err
+		}
+		if came {
+			turned = append(turned, *b)
+		}
+	}
+	return turned, nil
+}
+
+func newRingMap(size uint32) (*ebpf.Map, error) {
+	rm, err := ebpf.NewMap(&ebpf.MapSpec{
+		Name: "ring", Type: ebpf.Array, KeySize: 4, ValueSize: 4, MaxEntries: size, Flags: ringFlags,
+	})
+	if err != nil {
+		return nil, fmt.Errorf("make a ring of %d slots: %w", size, err)
+	}
+	return rm, nil
+}
+
+// ringFlags let rings of all sizes stand in one map of maps (BPF_F_INNER_MAP, Linux 5.10).
+const ringFlags = 1 << 12
+
+// ringFor builds a service's ring aside and swaps it in whole, with every slot that changes hands unsettled.
+func (m *Manager) ringFor(s *Service, ws *WantedService, members []Member, ids []uint32) (changed bool, err error) {
+	slots, err := BuildRing(ws.RingSize, members)
+	if err != nil {
+		return false, fmt.Errorf("service %s: build the ring: %w", ws.Name, err)
+	}
+	words := make([]uint32, len(slots))
+	for i, member := range slots {
+		words[i] = NoBackend
+		if member >= 0 {
+			words[i] = ids[member]
+		}
+	}
+	old := m.rings[s.ID]
+	if old != nil {
+		for i, w := range old.words {
+			if w&slotBackend != words[i] {
+				changed = true
+				words[i] |= slotUnsettled
+			}
+			words[i] |= w & slotUnsettled
+		}
+		if !changed {
+			return false, nil
+		}
+	}
+	rm, err := newRingMap(ws.RingSize)
+	if err != nil {
+		return false, err
+	}
+	if err := putWords(rm, words, nil); err != nil {
+		rm.Close()
+		return false, err
+	}
+	// The update returns only when no CPU uses the old ring any more: map-in-map updates wait for an RCU grace period.
+	if err := m.set.raw.Rings.Put(s.ID, rm); err != nil {
+		rm.Close()
+		return false, fmt.Errorf("swap the ring of service %s: %w", ws.Name, err)
+	}
+	if old != nil {
+		old.m.Close()
+	}
+	m.rings[s.ID] = &liveRing{m: rm, words: words, unsettled: changed}
+	return changed, nil
+}
+
+// putWords writes slots of a ring: those of the list, or all.
+func putWords(rm *ebpf.Map, words []uint32, list []uint32) error {
+	values := words
+	if list == nil {
+		list = make([]uint32, len(words))
+		for i := range list {
+			list[i] = uint32(i)
+		}
+	} else {
+		values = make([]uint32, len(list))
+		for i, slot := range list {
+			values[i] = words[slot]
+		}
+	}
+	if len(list) == 0 {
+		return nil
+	}
+	if _, err := rm.BatchUpdate(list, values, nil); err != nil {
+		return fmt.Errorf("write %d slots of a ring: %w", len(list), err)
+	}
+	return nil
+}
+
+// putService makes a service's entry say what is wanted.
+func (m *Manager) putService(s *Service, ws *WantedService) error {
+	before := *s
+	s.Name, s.OnBackendDown, s.IdleTimeout, s.Leaving = ws.Name, ws.OnBackendDown, ws.IdleTimeout, false
+	s.RingFirst = slices.ContainsFunc(ws.Backends, func(b WantedBackend) bool { return b.Method.Stateless() })
+	if _, known := m.services[s.ID]; known && before == *s {
+		return nil
+	}
+	m.services[s.ID] = s
+	return m.writeService(s)
+}
+
+func (m *Manager) writeService(s *Service) error {
+	flags := bpf.FairleadServiceFlag(0)
+	if s.AffinityClient {
+		flags |= bpf.FairleadServiceFlagSERVICE_AFFINITY_CLIENT
+	}
+	if s.RingFirst {
+		flags |= bpf.FairleadServiceFlagSERVICE_RING_FIRST
+	}
+	if s.Leaving {
+		flags |= bpf.FairleadServiceFlagSERVICE_LEAVING
+	}
+	info := bpf.FairleadServiceLabel{
+		Name: label(s.Name), Address: addressWords(s.Address), Port: portWire(s.Port), Family: familyOf(s.Address),
+		Protocol: s.Protocol, RingSize: s.RingSize, Flags: uint32(flags), IdleTimeout: uint64(s.IdleTimeout),
+	}
+	if err := m.set.raw.ServiceInfo.Put(s.ID, &info); err != nil {
+		return fmt.Errorf("write the name of service %s: %w", s.Name, err)
+	}
+	v := bpf.FairleadService{Id: s.ID, RingSize: s.RingSize, Flags: uint16(flags), OnBackendDown: uint8(s.OnBackendDown)}
+	table, key := m.serviceEntry(s)
+	if err := table.Put(key, &v); err != nil {
+		return fmt.Errorf("write service %s: %w", s.Name, err)
+	}
+	return nil
+}
+
+func (m *Manager) serviceEntry(s *Service) (table *ebpf.Map, key any) {
+	if s.Address.Is4() {
+		return m.set.raw.Services4, &bpf.FairleadServiceKey4{
+			Address: addressWords(s.Address)[0], Port: portWire(s.Port), Protocol: s.Protocol,
+		}
+	}
+	return m.set.raw.Services6, &bpf.FairleadServiceKey6{
+		Address: addressWords(s.Address), Port: portWire(s.Port), Protocol: s.Protocol,
+	}
+}
+
+func zeroPerCPU[T any](table *ebpf.Map, id uint32) error {
+	n, err := ebpf.PossibleCPU()
+	if err != nil {
+		return fmt.Errorf("count the host's CPUs: %w", err)
+	}
+	if err := table.Put(id, make([]T, n)); err != nil {
+		return fmt.Errorf("clear the counters of number %d in %s: %w", id, table, err)
+	}
+	return nil
+}
+
+// removeLeft takes out what was leaving and has no connection any more, by two walks in a row: a connection begun just
+// before the ring was swapped may have been missed by one. A leaving service keeps its ring, and the ring its backends,
+// until all of them can go.
+func (m *Manager) removeLeft(conns map[uint32]int) error {
+	done := func(b *Backend) bool { return b.Leaving && m.empty[b.ID] >= 2 }
+	inUse := make(map[uint32]bool) // services
+	for id, b := range m.backends {
+		if b.Leaving && conns[id] == 0 {
+			m.empty[id]++
+		} else {
+			delete(m.empty, id)
+		}
+		if !done(b) {
+			inUse[b.Service] = true
+		}
+	}
+	for id, s := range m.services {
+		if s.Leaving && !inUse[id] {
+			if err := m.removeService(s); err != nil {
+				return err
+			}
+		}
+	}
+	for id, b := range m.backends {
+		if s := m.services[b.Service]; !done(b) || s != nil && s.Leaving {
+			continue
+		}
+		if err := m.set.raw.BackendInfo.Put(id, &bpf.FairleadBackendLabel{}); err != nil {
+			return fmt.Errorf("clear the name of backend %d: %w", id, err)
+		}
+		if err := m.set.raw.Backends.Put(id, &bpf.FairleadBackend{}); err != nil {
+			return fmt.Errorf("clear backend %d: %w", id, err)
+		}
+		delete(m.backends, id)
+		delete(m.empty, id)
+		m.log.Info("backend removed: its last connection has ended", "backend", b.Name, "address", b.Address)
+	}
+	return m.removeUnusedSources()
+}
+
+func (m *Manager) removeService(s *Service) error {
+	table, key := m.serviceEntry(s)
+	if err := table.Delete(key); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+		return fmt.Errorf("remove service %s: %w", s.Name, err)
+	}
+	if err := m.set.raw.Rings.Delete(s.ID); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+		return fmt.Errorf("remove the ring of service %s: %w", s.Name, err)
+	}
+	if err := m.set.raw.ServiceInfo.Put(s.ID, &bpf.FairleadServiceLabel{}); err != nil {
+		return fmt.Errorf("clear the name of service %s: %w", s.Name, err)
+	}
+	if r := m.rings[s.ID]; r != nil {
+		r.m.Close()
+	}
+	delete(m.rings, s.ID)
+	delete(m.services, s.ID)
+	m.log.Info("service removed: its last connection has ended", "service", s.Name)
+	return nil
+}

@@ -1,0 +1,305 @@
+// Package daemon joins the parts: configuration, next hops, loader and map manager. Its Run is start, steady state and
+// stop, in this order, from top to bottom.
+package daemon
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"os"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"fairlead/loader"
+	"fairlead/maps"
+	"fairlead/userspace/config"
+	"fairlead/userspace/neighbor"
+)
+
+// Options are what Run touches.
+type Options struct {
+	Config string           // path of the configuration
+	Logger *slog.Logger     // default: slog.Default()
+	Reload <-chan os.Signal // each one reads the configuration again
+	Ready  func()           // called once everything is in place
+}
+
+// daemon is a running one.
+type daemon struct {
+	log      *slog.Logger
+	path     string
+	config   *config.Config
+	watcher  *neighbor.Watcher
+	loader   *loader.Loader
+	manager  *maps.Manager
+	moved    chan []neighbor.NextHop
+	hostPort config.PortRange
+}
+
+// Run is the daemon, until ctx ends. Then the programs stay attached and go on forwarding: a stop ends no connection.
+func Run(ctx context.Context, opts Options) (err error) {
+	d := &daemon{
+		log: cmp.Or(opts.Logger, slog.Default()), path: opts.Config,
+		moved: make(chan []neighbor.NextHop, 64),
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+
+	// Start: what is wanted, where it is to be reached, then the maps, then the program.
+	if d.config, err = read(opts.Config); err != nil {
+		return err
+	}
+	if d.hostPort, err = defaultSourcePorts(); err != nil {
+		return err
+	}
+	d.watcher, err = neighbor.New(neighbor.Options{
+		Logger: d.log,
+		OnChange: func(hops []neighbor.NextHop) {
+			select {
+			case d.moved <- hops:
+			case <-ctx.Done():
+			}
+		},
+	})
+	if err != nil {
+		return fmt.Errorf("watch neighbours: %w", err)
+	}
+	d.watcher.SetDestinations(destinations(d.config))
+	tasks, ctx := errgroup.WithContext(ctx)
+	tasks.Go(func() error { return d.watcher.Run(ctx) })
+	if err := d.start(ctx); err != nil {
+		cancel()
+		return errors.Join(err, tasks.Wait(), d.close())
+	}
+	if opts.Ready != nil {
+		opts.Ready()
+	}
+
+	// Steady state.
+	tasks.Go(func() error { return d.manager.Keep(ctx) })
+	tasks.Go(func() error { return d.follow(ctx, opts.Reload) })
+	err = tasks.Wait()
+
+	// Stop.
+	if n := len(d.loader.Attachments()); n > 0 {
+		d.log.Info("daemon stopped: forwarding goes on without it", "interfaces", n)
+	}
+	return errors.Join(err, d.close())
+}
+
+func (d *daemon) close() (err error) {
+	if d.manager != nil {
+		err = d.manager.Close()
+	}
+	if d.loader != nil {
+		err = errors.Join(err, d.loader.Close())
+	}
+	return err
+}
+
+// read reads a configuration that this version can carry out.
+func read(path string) (*config.Config, error) {
+	cfg, err := config.Load(path)
+	if err != nil {
+		return nil, err
+	}
+	if errs := cfg.Unsupported(); len(errs) > 0 {
+		return nil, errors.Join(errs...)
+	}
+	return cfg, nil
+}
+
+// nextHopsTime is how long a start or reload waits for the next hops of new backends. Later ones come as they are found.
+const nextHopsTime = 2 * time.Second
+
+func (d *daemon) start(ctx context.Context) error {
+	d.drain(ctx, d.watcher.Ready())
+	wanted, err := d.wanted(d.config)
+	if err != nil {
+		return err
+	}
+	interfaces, err := d.interfaces(d.config)
+	if err != nil {
+		return err
+	}
+	settings, err := d.settings(d.config)
+	if err != nil {
+		return err
+	}
+	options := loader.Options{
+		PinPath: d.config.Dataplane.PinPath, Interfaces: interfaces, Mode: loader.XDPMode(d.config.Dataplane.XDP.String()),
+		Settings: settings, Logger: d.log,
+	}
+	if err := d.check(options); err != nil {
+		return err
+	}
+	d.loader, err = loader.Open(options)
+	if err != nil {
+		return err
+	}
+	programs := d.loader.Programs()
+	d.manager, err = maps.NewManager(d.loader.Maps(), maps.ManagerOptions{
+		Tend: programs.Tend, Fill: programs.Fill, Epoch: d.config.Dataplane.Epoch, Logger: d.log,
+	})
+	if err != nil {
+		return err
+	}
+	if err := d.apply(wanted); err != nil {
+		return err
+	}
+	if err := d.loader.Attach(); err != nil {
+		return err
+	}
+	for _, at := range d.loader.Attachments() {
+		d.log.Info("attached", "interface", at.Interface, "mode", at.Mode)
+	}
+	return nil
+}
+
+// check looks at kernel, privileges and interfaces before anything is touched; what can't work ends the start.
+func (d *daemon) check(options loader.Options) error {
+	var errs []error
+	for _, f := range loader.Check(options) {
+		switch f.Level {
+		case loader.LevelFail:
+			errs = append(errs, fmt.Errorf("%s: %s: %s", f.Subject, f.What, f.Advice))
+		case loader.LevelWarn:
+			d.log.Warn(f.What, "about", f.Subject, "advice", f.Advice)
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// drain waits for a channel, taking what the watcher has to tell meanwhile: it must not wait for us.
+func (d *daemon) drain(ctx context.Context, until <-chan struct{}) {
+	timeout := time.After(nextHopsTime)
+	for {
+		select {
+		case <-until:
+			return
+		case <-d.moved: // asked for afresh in a moment
+		case <-timeout:
+			return
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// follow carries out reloads and changes of next hops, one at a time.
+func (d *daemon) follow(ctx context.Context, reload <-chan os.Signal) error {
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case hops := <-d.moved:
+			if err := d.nextHopsChanged(hops); err != nil {
+				d.log.Error("follow next hops", "err", err)
+			}
+		case _, ok := <-reload:
+			if !ok {
+				reload = nil
+				continue
+			}
+			if err := d.reload(ctx); err != nil {
+				d.log.Error("reload refused: nothing is changed", "err", err)
+			}
+		}
+	}
+}
+
+// reload makes the configuration of now take effect, whole or not at all.
+func (d *daemon) reload(ctx context.Context) error {
+	cfg, err := read(d.path)
+	if err != nil {
+		return err
+	}
+	if err := d.fixed(cfg); err != nil {
+		return err
+	}
+	d.watcher.SetDestinations(append(destinations(cfg), destinations(d.config)...))
+	d.drain(ctx, d.resolved(ctx, cfg))
+	wanted, err := d.wanted(cfg)
+	if err == nil {
+		err = d.replace(cfg)
+	}
+	if err == nil {
+		err = d.apply(wanted)
+	}
+	if err != nil {
+		return errors.Join(err, d.restore())
+	}
+	d.config = cfg
+	d.watcher.SetDestinations(d.destinationsInUse())
+	d.log.Info("reloaded", "services", len(cfg.Services))
+	return nil
+}
+
+// restore goes back to the configuration in force after a new one failed half-way.
+func (d *daemon) restore() error {
+	d.watcher.SetDestinations(d.destinationsInUse())
+	wanted, err := d.wanted(d.config)
+	if err != nil {
+		return fmt.Errorf("go back to the configuration in force: %w", err)
+	}
+	if err := d.apply(wanted); err != nil {
+		return fmt.Errorf("go back to the configuration in force: %w", err)
+	}
+	return nil
+}
+
+// replace puts a program in place that can do what the new configuration asks for; what the old one asks for, it can
+// still do, for connections that live on.
+func (d *daemon) replace(cfg *config.Config) error {
+	interfaces, err := d.interfaces(cfg)
+	if err != nil {
+		return err
+	}
+	settings, err := d.settings(cfg)
+	if err != nil {
+		return err
+	}
+	if settings == d.loader.Settings() && sameInterfaces(d.loader.Attachments(), interfaces) {
+		return nil
+	}
+	return d.loader.Replace(settings, interfaces)
+}
+
+func (d *daemon) apply(wanted maps.Wanted) error {
+	changes, err := d.manager.Apply(wanted, d.nextHop)
+	for _, line := range changes {
+		d.log.Info(line)
+	}
+	if err != nil {
+		return fmt.Errorf("apply the configuration: %w", err)
+	}
+	return nil
+}
+
+func (d *daemon) nextHopsChanged(hops []neighbor.NextHop) error {
+	changed := make(map[netip.Addr]maps.NextHop, len(hops))
+	for _, h := range hops {
+		changed[h.Destination] = mapsNextHop(h)
+	}
+	turned, err := d.manager.SetNextHops(changed)
+	for _, b := range turned {
+		if b.NextHop.Known {
+			d.log.Info("backend has a next hop", "backend", b.Name, "address", b.Address)
+		} else {
+			d.log.Warn("backend has no next hop", "backend", b.Name, "address", b.Address, "reason", b.NextHop.Reason)
+		}
+	}
+	if err != nil {
+		return err
+	}
+	// The source addresses that nobody configured are those of the routes: they may have moved.
+	wanted, err := d.wanted(d.config)
+	if err != nil {
+		return err
+	}
+	return d.apply(wanted)
+}

@@ -1,0 +1,283 @@
+package daemon
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"slices"
+	"strings"
+	"time"
+
+	"context"
+
+	"github.com/vishvananda/netlink"
+
+	"fairlead/loader"
+	"fairlead/maps"
+	"fairlead/userspace/config"
+	"fairlead/userspace/neighbor"
+)
+
+// This file turns a configuration, with what the host knows, into what loader and map manager want.
+
+func destinations(cfg *config.Config) (list []netip.Addr) {
+	for _, s := range cfg.Services {
+		for _, b := range s.Backends {
+			list = append(list, b.Address)
+		}
+	}
+	return list
+}
+
+// destinationsInUse are the configuration's backends and those that are leaving but have connections yet.
+func (d *daemon) destinationsInUse() []netip.Addr {
+	list := destinations(d.config)
+	inv, err := d.manager.Set().Inventory()
+	if err != nil {
+		d.log.Error("look for leaving backends", "err", err)
+		return list
+	}
+	for _, b := range inv.Backends {
+		list = append(list, b.Address)
+	}
+	return list
+}
+
+// resolved is closed when every backend of a configuration has been looked up.
+func (d *daemon) resolved(ctx context.Context, cfg *config.Config) <-chan struct{} {
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		deadline := time.Now().Add(nextHopsTime)
+		for _, a := range destinations(cfg) {
+			for {
+				hop, ok := d.watcher.Lookup(a)
+				if ok && hop.State != neighbor.Resolving || time.Now().After(deadline) || ctx.Err() != nil {
+					break
+				}
+				time.Sleep(10 * time.Millisecond)
+			}
+		}
+	}()
+	return done
+}
+
+var methods = map[config.Method]maps.Method{
+	config.MethodFullNAT: maps.MethodFullNAT, config.MethodNAT: maps.MethodNAT, config.MethodDSR: maps.MethodDSR,
+	config.MethodIPIP: maps.MethodIPIP, config.MethodGUE: maps.MethodGUE,
+}
+
+var policies = map[config.DownPolicy]maps.DownPolicy{
+	config.DownReset: maps.DownReset, config.DownKeep: maps.DownKeep, config.DownRehash: maps.DownRehash,
+}
+
+// wanted is the configuration as the maps are to hold it.
+func (d *daemon) wanted(cfg *config.Config) (maps.Wanted, error) {
+	var w maps.Wanted
+	var errs []error
+	for i, s := range cfg.Services {
+		ws := maps.WantedService{
+			Name: s.Name, Address: s.Address, Port: s.Port, Protocol: s.Protocol.Number(), RingSize: s.RingSize,
+			AffinityClient: s.Affinity == config.AffinityClient, OnBackendDown: policies[s.OnBackendDown],
+			IdleTimeout: s.IdleTimeout,
+		}
+		ports := s.SourcePorts
+		if ports.IsZero() {
+			ports = d.hostPort
+		}
+		for _, b := range s.Backends {
+			wb := maps.WantedBackend{
+				Name: b.Name, Address: b.Address, Port: b.Port, Method: methods[s.Method], Weight: b.Weight,
+			}
+			for _, source := range d.sources(s, b) {
+				if other, overlaps := cfg.ServiceWithin(source, s.Protocol, ports); overlaps {
+					errs = append(errs, cfg.Refuse(fmt.Sprintf("services[%d].source_ports", i),
+						fmt.Sprintf("source ports %v of %v hold port %d of service %s", ports, source, other.Port, other.Name),
+						"give source_ports that leave it out, or other source_addresses"))
+					continue
+				}
+				wb.Sources = append(wb.Sources, maps.WantedSource{Address: source, First: ports.First, Last: ports.Last})
+			}
+			ws.Backends = append(ws.Backends, wb)
+		}
+		w.Services = append(w.Services, ws)
+	}
+	return w, errors.Join(errs...)
+}
+
+// sources are fullnat's source addresses towards a backend: as configured, else the one that the host would use.
+func (d *daemon) sources(s config.Service, b config.Backend) []netip.Addr {
+	if s.Method != config.MethodFullNAT {
+		return nil
+	}
+	if len(s.SourceAddresses) > 0 {
+		return s.SourceAddresses
+	}
+	if hop, ok := d.watcher.Lookup(b.Address); ok && hop.Source.IsValid() {
+		return []netip.Addr{hop.Source}
+	}
+	return nil
+}
+
+// nextHop is what the map manager is told of an address.
+func (d *daemon) nextHop(a netip.Addr) maps.NextHop {
+	hop, ok := d.watcher.Lookup(a)
+	if !ok {
+		return maps.NextHop{Reason: "not looked up yet"}
+	}
+	return mapsNextHop(hop)
+}
+
+// mapsNextHop translates. A neighbour that has stopped answering keeps its last address: its connections may yet live.
+func mapsNextHop(h neighbor.NextHop) maps.NextHop {
+	hop := maps.NextHop{
+		Known:     len(h.MAC) == 6 && len(h.SourceMAC) == 6 && (h.State == neighbor.Resolved || h.State == neighbor.Failed),
+		Interface: uint32(h.Index), MTU: uint32(h.MTU), Reason: h.Reason,
+	}
+	if len(h.VLAN) > 0 {
+		hop.Known, hop.Reason = false, "the route is over a VLAN, whose tags this version does not write"
+	}
+	if hop.Known {
+		copy(hop.MAC[:], h.MAC)
+		copy(hop.SourceMAC[:], h.SourceMAC)
+	}
+	// The maps hold 63 bytes of it.
+	hop.Reason = hop.Reason[:min(len(hop.Reason), 63)]
+	return hop
+}
+
+// settings are the load-time constants: what the configuration asks for, and what is yet living of earlier ones.
+func (d *daemon) settings(cfg *config.Config) (loader.Settings, error) {
+	s := loader.Settings{Connections: cfg.Dataplane.Connections, HalfOpen: cfg.Dataplane.HalfOpen}
+	for _, service := range cfg.Services {
+		s.IPv4 = s.IPv4 || service.Address.Is4()
+		s.IPv6 = s.IPv6 || service.Address.Is6()
+		s.FullNAT = s.FullNAT || service.Method == config.MethodFullNAT
+		s.DSR = s.DSR || service.Method == config.MethodDSR
+		s.AffinityClient = s.AffinityClient || service.Affinity == config.AffinityClient
+	}
+	inv, err := livingInventory(cfg.Dataplane.PinPath)
+	if err != nil {
+		return s, err
+	}
+	for _, service := range inv.Services {
+		s.IPv4 = s.IPv4 || service.Address.Is4()
+		s.IPv6 = s.IPv6 || service.Address.Is6()
+		s.AffinityClient = s.AffinityClient || service.AffinityClient
+	}
+	for _, b := range inv.Backends {
+		s.FullNAT = s.FullNAT || b.Method == maps.MethodFullNAT
+		s.DSR = s.DSR || b.Method == maps.MethodDSR
+	}
+	return s, nil
+}
+
+// livingInventory is what the pinned maps hold; nothing, where none are pinned.
+func livingInventory(pinPath string) (*maps.Inventory, error) {
+	raw, closer, err := loader.OpenMaps(pinPath)
+	if errors.Is(err, loader.ErrNothing) {
+		return new(maps.Inventory), nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer closer.Close()
+	set, err := maps.NewSet(raw)
+	if err != nil {
+		return nil, err
+	}
+	defer set.Close()
+	return set.Inventory()
+}
+
+// interfaces are those to attach to: as configured, else those with a route to backends and those of default routes,
+// which is where clients come from.
+func (d *daemon) interfaces(cfg *config.Config) ([]string, error) {
+	if len(cfg.Dataplane.Interfaces) > 0 {
+		return cfg.Dataplane.Interfaces, nil
+	}
+	found := make(map[string]bool)
+	for _, a := range destinations(cfg) {
+		if hop, ok := d.watcher.Lookup(a); ok && hop.Interface != "" && hop.State != neighbor.Unsuitable {
+			found[hop.Interface] = true
+		}
+	}
+	routes, err := netlink.RouteListFiltered(netlink.FAMILY_ALL, &netlink.Route{Dst: nil}, netlink.RT_FILTER_DST)
+	if err != nil {
+		return nil, fmt.Errorf("list default routes: %w", err)
+	}
+	for _, r := range routes {
+		if r.LinkIndex == 0 {
+			continue
+		}
+		link, err := netlink.LinkByIndex(r.LinkIndex)
+		if err != nil {
+			return nil, fmt.Errorf("find the device of the default route %v: %w", r, err)
+		}
+		if link.Attrs().EncapType == "ether" {
+			found[link.Attrs().Name] = true
+		}
+	}
+	if len(found) == 0 {
+		return nil, errors.New("no interface has a route to the backends or to clients: name them in dataplane.interfaces")
+	}
+	list := make([]string, 0, len(found))
+	for name := range found {
+		list = append(list, name)
+	}
+	slices.Sort(list)
+	return list, nil
+}
+
+func sameInterfaces(attached []loader.Attachment, names []string) bool {
+	have := make([]string, 0, len(attached))
+	for _, at := range attached {
+		have = append(have, at.Interface)
+	}
+	slices.Sort(have)
+	return slices.Equal(have, slices.Sorted(slices.Values(names)))
+}
+
+// fixed refuses what a running daemon can't change.
+func (d *daemon) fixed(cfg *config.Config) error {
+	var errs []error
+	old := d.config
+	refuse := func(field string, same bool) {
+		if !same {
+			errs = append(errs, cfg.Refuse(field, "can't be changed by a reload", "restart the daemon: connections live through that"))
+		}
+	}
+	a, b := old.Dataplane, cfg.Dataplane
+	refuse("dataplane.mode", a.Mode == b.Mode)
+	refuse("dataplane.xdp", a.XDP == b.XDP)
+	refuse("dataplane.connections", a.Connections == b.Connections)
+	refuse("dataplane.half_open", a.HalfOpen == b.HalfOpen)
+	refuse("dataplane.pin_path", a.PinPath == b.PinPath)
+	refuse("dataplane.epoch", a.Epoch == b.Epoch)
+	refuse("state_dir", old.StateDir == cfg.StateDir)
+	return errors.Join(errs...)
+}
+
+// defaultSourcePorts is the larger of the two ranges that the host's own local port range leaves, from 1024 up: no
+// connection of the host's own can meet one of ours.
+func defaultSourcePorts() (config.PortRange, error) {
+	const path = "/proc/sys/net/ipv4/ip_local_port_range"
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return config.PortRange{}, fmt.Errorf("read the host's local port range: %w", err)
+	}
+	var first, last uint16
+	if _, err := fmt.Sscan(strings.TrimSpace(string(b)), &first, &last); err != nil {
+		return config.PortRange{}, fmt.Errorf("read the host's local port range: %s holds %q: %w", path, b, err)
+	}
+	below, above := int(first)-1024, 65535-int(last)
+	switch {
+	case below >= above && below > 0:
+		return config.PortRange{First: 1024, Last: first - 1}, nil
+	case above > 0:
+		return config.PortRange{First: last + 1, Last: 65535}, nil
+	}
+	return config.PortRange{}, fmt.Errorf("the host's local port range %d-%d leaves no source ports for fullnat: narrow it "+
+		"(sysctl net.ipv4.ip_local_port_range) or give source_addresses and source_ports", first, last)
+}
