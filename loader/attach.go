@@ -92,7 +92,8 @@ func describe(links []*attachment) []Attachment {
 		d := Attachment{Index: at.index, Program: at.program, Link: at.id, Pin: at.pin,
 			Interface: decodeName.Replace(strings.TrimPrefix(filepath.Base(at.pin), linkPrefix))}
 		if at.index != 0 {
-			if device, err := netlink.LinkByIndex(at.index); err == nil {
+			// The same number may be another device's in this network namespace.
+			if device, err := netlink.LinkByIndex(at.index); err == nil && runs(device, at.program) {
 				d.Interface, d.Mode = device.Attrs().Name, modeOf(device)
 			}
 		}
@@ -100,6 +101,12 @@ func describe(links []*attachment) []Attachment {
 	}
 	slices.SortFunc(all, func(a, b Attachment) int { return strings.Compare(a.Interface, b.Interface) })
 	return all
+}
+
+// runs says whether a program is on a device. A device with one in hardware beside another gives no number.
+func runs(device netlink.Link, program ebpf.ProgramID) bool {
+	xdp := device.Attrs().Xdp
+	return xdp != nil && xdp.Attached && (xdp.ProgId == 0 || xdp.ProgId == uint32(program))
 }
 
 // modeOf says how a device runs its program. Values: IFLA_XDP_ATTACHED of linux/if_link.h.
@@ -252,7 +259,7 @@ func findDevices(interfaces []string) ([]netlink.Link, error) {
 // recognise makes sure that a pinned link is this device's, not that of a device of the same number in another network
 // namespace, and says when it runs in another mode than the configuration asks for.
 func (l *Loader) recognise(at *attachment, device netlink.Link) error {
-	if xdp := device.Attrs().Xdp; xdp == nil || !xdp.Attached || xdp.ProgId != 0 && xdp.ProgId != uint32(at.program) {
+	if !runs(device, at.program) {
 		return fmt.Errorf("%s is a link of another network namespace: give each namespace a pin_path of its own", at.pin)
 	}
 	if mode := modeOf(device); l.mode != ModeAuto && mode != l.mode {

@@ -38,6 +38,8 @@ type Finding struct {
 const privilegeAdvice = "it takes CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN: run as root, or give the service these " +
 	"capabilities"
 
+const forbiddenAdvice = "a security module, a container's seccomp filter or kernel lockdown forbids bpf(2)"
+
 // Check finds out what this kernel, these privileges and these interfaces allow, without changing anything. What can
 // be tried is tried rather than guessed from a version.
 func Check(opts Options) []Finding {
@@ -84,35 +86,34 @@ var needed = []struct {
 }{{unix.CAP_BPF, "CAP_BPF"}, {unix.CAP_PERFMON, "CAP_PERFMON"}, {unix.CAP_NET_ADMIN, "CAP_NET_ADMIN"}}
 
 func checkPrivileges() []Finding {
-	has, err := capabilities()
-	if err != nil {
-		return []Finding{{LevelFail, "privileges", "can't be read: " + err.Error(), ""}}
-	}
-	var missing []string
-	for _, c := range needed {
-		if !has(c.number) && (c.number == unix.CAP_NET_ADMIN || !has(unix.CAP_SYS_ADMIN)) {
-			missing = append(missing, c.name)
-		}
-	}
-	if len(missing) > 0 {
+	if missing := missingCapabilities(); len(missing) > 0 {
 		return []Finding{{LevelFail, "privileges", strings.Join(missing, ", ") + " missing", privilegeAdvice}}
 	}
 	findings := []Finding{{LevelOK, "privileges", "CAP_BPF, CAP_PERFMON, CAP_NET_ADMIN", ""}}
-	if !has(unix.CAP_SYS_ADMIN) {
+	if !capable(unix.CAP_SYS_ADMIN) {
 		findings = append(findings, Finding{LevelWarn, "privileges", "no CAP_SYS_ADMIN", "without it the bpf file system " +
 			"must be mounted already, another's program can't be named, and pinned rings can't be read back"})
 	}
 	return append(findings, checkJIT())
 }
 
-// capabilities reads the effective ones of this thread.
-func capabilities() (has func(number int) bool, err error) {
+// missingCapabilities names those that this thread lacks.
+func missingCapabilities() []string {
+	var missing []string
+	for _, c := range needed {
+		if !capable(c.number) && (c.number == unix.CAP_NET_ADMIN || !capable(unix.CAP_SYS_ADMIN)) {
+			missing = append(missing, c.name)
+		}
+	}
+	return missing
+}
+
+// capable asks for an effective capability of this thread; none is, where that can't be read.
+func capable(number int) bool {
 	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
 	var data [2]unix.CapUserData
-	if err := unix.Capget(&header, &data[0]); err != nil {
-		return nil, fmt.Errorf("read capabilities: %w", err)
-	}
-	return func(number int) bool { return data[number/32].Effective&(1<<(number%32)) != 0 }, nil
+	err := unix.Capget(&header, &data[0])
+	return err == nil && data[number/32].Effective&(1<<(number%32)) != 0
 }
 
 // checkJIT loads the smallest program there is and looks at what the kernel made of it.
@@ -123,7 +124,7 @@ func checkJIT() Finding {
 	if err != nil {
 		advice := "does the kernel have CONFIG_BPF_SYSCALL?"
 		if errors.Is(err, unix.EPERM) {
-			advice = "a security module, a container's seccomp filter or kernel lockdown forbids bpf(2)"
+			advice = forbiddenAdvice
 		}
 		return Finding{LevelFail, subject, "no xdp program can be loaded: " + err.Error(), advice}
 	}

@@ -204,9 +204,13 @@ func pinnedMaps(dir string, opts *ebpf.LoadPinOptions) (_ map[string]*ebpf.Map, 
 		return nil, fmt.Errorf("read the compiled programs: %w", err)
 	}
 	maps := make(map[string]*ebpf.Map)
-	for name := range spec.Maps {
+	for name, m := range spec.Maps {
 		if !pinsByName(name) {
 			continue
+		}
+		opts := opts
+		if m.Flags&unix.BPF_F_MMAPABLE != 0 {
+			opts = nil // the kernel shares a map's memory only through a handle that may write, even to read it
 		}
 		m, err := ebpf.LoadPinnedMap(filepath.Join(dir, name), opts)
 		if errors.Is(err, os.ErrNotExist) {

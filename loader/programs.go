@@ -62,7 +62,7 @@ func load(s Settings, present map[string]*ebpf.Map, log *slog.Logger) (*ebpf.Col
 	}
 	collection, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: present})
 	if err != nil {
-		return nil, s, &loadError{err}
+		return nil, s, &loadError{err, missingCapabilities()}
 	}
 	return collection, s, nil
 }
@@ -101,21 +101,28 @@ func truth(b bool) uint8 {
 	return 0
 }
 
-// loadError tells a failed load whole: a refusal by the verifier with its log, a lack of privilege with what is needed.
-type loadError struct{ cause error }
+// loadError tells a failed load whole: a refusal by the verifier with its log, and which capabilities are missing. Their
+// lack shows in many ways (without CAP_PERFMON the verifier takes offence at harmless instructions).
+type loadError struct {
+	cause   error
+	missing []string
+}
 
 func (e *loadError) Unwrap() error { return e.cause }
 
 func (e *loadError) Error() string {
+	text := e.cause.Error()
 	var verifier *ebpf.VerifierError
-	switch {
-	case errors.As(e.cause, &verifier):
-		text := strings.TrimSuffix(e.cause.Error(), verifier.Error())
-		return fmt.Sprintf("load the programs: %s%+v", text, verifier)
-	case errors.Is(e.cause, unix.EPERM):
-		return fmt.Sprintf("load the programs: %s: %s", e.cause, privilegeAdvice)
+	if errors.As(e.cause, &verifier) {
+		text = fmt.Sprintf("%s%+v", strings.TrimSuffix(text, verifier.Error()), verifier)
 	}
-	return fmt.Sprintf("load the programs: %s", e.cause)
+	switch {
+	case len(e.missing) > 0:
+		text = fmt.Sprintf("%s missing: %s: %s", strings.Join(e.missing, ", "), privilegeAdvice, text)
+	case errors.Is(e.cause, unix.EPERM):
+		text += ": " + forbiddenAdvice
+	}
+	return "load the programs: " + text
 }
 
 // ErrSchema is matched by the errors that say that pinned state was made by another version of Fairlead.

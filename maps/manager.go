@@ -140,6 +140,13 @@ func NewManager(raw *bpf.FairleadMaps, opts ManagerOptions) (*Manager, error) {
 	return m, nil
 }
 
+// SetPrograms hands over the programs of a newly loaded data plane. The old ones may be closed afterwards.
+func (m *Manager) SetPrograms(tend, fill *ebpf.Program) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.tend, m.fill = tend, fill
+}
+
 // Set is the typed view of the Manager's maps.
 func (m *Manager) Set() *Set { return m.set }
 

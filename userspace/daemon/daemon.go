@@ -266,7 +266,12 @@ func (d *daemon) replace(cfg *config.Config) error {
 	if settings == d.loader.Settings() && sameInterfaces(d.loader.Attachments(), interfaces) {
 		return nil
 	}
-	return d.loader.Replace(settings, interfaces)
+	if err := d.loader.Replace(settings, interfaces); err != nil {
+		return err
+	}
+	programs := d.loader.Programs()
+	d.manager.SetPrograms(programs.Tend, programs.Fill)
+	return nil
 }
 
 func (d *daemon) apply(wanted maps.Wanted) error {
