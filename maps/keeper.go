@@ -152,14 +152,20 @@ func (m *Manager) tendTables() error {
 			return err
 		}
 	}
-	conns := make(map[uint32]int)
+	conns, sourceConns := make(map[uint32]int), make(map[uint32]int) // by backend, by source address
+	count := func(backend, source uint32, port uint16) {
+		conns[backend]++
+		if port != 0 {
+			sourceConns[source]++
+		}
+	}
 	tending := tending{program: m.tend}
 	silence := 2*Ticks(m.epoch) + 1
 	if err := m.set.HalfOpen.Walk(func(h *HalfOpenConnection) error {
 		if since(now, h.First) >= Ticks(HalfOpenLife) {
 			return tending.add(h.Tuple, bpf.FairleadTendWhatTEND_REMOVE_HALF_OPEN, h.Generation, 0)
 		}
-		conns[h.Backend]++
+		count(h.Backend, h.Source, h.SourcePort)
 		if hash := h.Tuple.Hash(); rebuild && m.exceptional(h.Tuple, hash, h.Service, h.Backend, 0) {
 			m.set.Bitmaps.setException(hash, next)
 		}
@@ -168,7 +174,7 @@ func (m *Manager) tendTables() error {
 		return err
 	}
 	if err := m.set.Connections.Walk(func(c *Connection) error {
-		conns[c.Backend]++
+		count(c.Backend, c.Source, c.SourcePort)
 		if rebuild {
 			if hash := c.Tuple.Hash(); m.exceptional(c.Tuple, hash, c.Service, c.Backend, c.State) {
 				m.set.Bitmaps.setException(hash, next)
@@ -203,7 +209,7 @@ func (m *Manager) tendTables() error {
 			return err
 		}
 	}
-	return m.removeLeft(conns)
+	return m.removeLeft(conns, sourceConns)
 }
 
 // tending hands requests to the data plane's program `tend`, which looks at each entry again before it obeys.

@@ -95,12 +95,13 @@ type Manager struct {
 	rings    map[uint32]*liveRing
 	wanted   map[netip.Addr]bool // source addresses in the configuration
 
-	granted  uint32         // tick from which idleness counts: nobody turned epochs before
-	turned   uint32         // tick of the last epoch turned
-	scans    uint32         // tables walked
-	empty    map[uint32]int // leaving backends: walks in a row that met no connection of theirs
-	barrier  *ebpf.Map
-	barriers uint32
+	granted uint32         // tick from which idleness counts: nobody turned epochs before
+	turned  uint32         // tick of the last epoch turned
+	scans   uint32         // tables walked
+	empty   map[uint32]int // leaving backends: walks in a row that met no connection of theirs
+	// emptySources is the same for source addresses.
+	emptySources map[uint32]int
+	barrier      *ebpf.Map // an inner map for the entry that is updated to wait for the data plane
 }
 
 // liveRing is a service's ring in the maps.
@@ -130,7 +131,7 @@ func NewManager(raw *bpf.FairleadMaps, opts ManagerOptions) (*Manager, error) {
 	m := &Manager{
 		set: set, tend: opts.Tend, fill: opts.Fill, epoch: opts.Epoch, log: cmp.Or(opts.Logger, slog.Default()),
 		services: make(map[uint32]*Service), backends: make(map[uint32]*Backend), sources: make(map[uint32]*Source),
-		pools: make(map[poolKey]uint32), rings: make(map[uint32]*liveRing), empty: make(map[uint32]int),
+		pools: make(map[poolKey]uint32), rings: make(map[uint32]*liveRing), empty: make(map[uint32]int), emptySources: make(map[uint32]int),
 		granted: Now(), turned: Now(),
 	}
 	if err := m.adopt(); err != nil {
@@ -400,6 +401,15 @@ func (m *Manager) backendsFor(ws *WantedService, service uint32, hop func(netip.
 		members = append(members, Member{Name: b.Name, Weight: b.Weight})
 		ids = append(ids, b.ID)
 	}
+	// Who can't be reached takes no new connections, as long as another can.
+	reachable := func(id uint32) bool { b := m.backends[id]; return b.Weight > 0 && b.NextHop.Known }
+	if slices.ContainsFunc(ids, reachable) {
+		for i, id := range ids {
+			if !reachable(id) {
+				members[i].Weight = 0
+			}
+		}
+	}
 	return members, ids, nil
 }
 
@@ -446,7 +456,8 @@ func (m *Manager) writeBackend(b *Backend) error {
 	return nil
 }
 
-// SetNextHops gives every backend of these addresses its new next hop. It answers the backends whose next hop came or went.
+// SetNextHops gives every backend of these addresses its new next hop. It answers the backends whose next hop came or
+// went: Apply then makes the rings fit.
 func (m *Manager) SetNextHops(hops map[netip.Addr]NextHop) (turned []Backend, err error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -612,7 +623,7 @@ func zeroPerCPU[T any](table *ebpf.Map, id uint32) error {
 // removeLeft takes out what was leaving and has no connection any more, by two walks in a row: a connection begun just
 // before the ring was swapped may have been missed by one. A leaving service keeps its ring, and the ring its backends,
 // until all of them can go.
-func (m *Manager) removeLeft(conns map[uint32]int) error {
+func (m *Manager) removeLeft(conns, sourceConns map[uint32]int) error {
 	done := func(b *Backend) bool { return b.Leaving && m.empty[b.ID] >= 2 }
 	inUse := make(map[uint32]bool) // services
 	for id, b := range m.backends {
@@ -646,7 +657,7 @@ func (m *Manager) removeLeft(conns map[uint32]int) error {
 		delete(m.empty, id)
 		m.log.Info("backend removed: its last connection has ended", "backend", b.Name, "address", b.Address)
 	}
-	return m.removeUnusedSources()
+	return m.removeUnusedSources(sourceConns)
 }
 
 func (m *Manager) removeService(s *Service) error {

@@ -4,7 +4,6 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"slices"
 
 	"github.com/cilium/ebpf"
 
@@ -122,35 +121,40 @@ func (m *Manager) newPool(key poolKey, src *Source) (uint32, error) {
 const xdpPass = 2
 
 // removeUnusedSources takes out port pools that no backend has, and source addresses that no pool and no configuration has.
-func (m *Manager) removeUnusedSources() error {
+// A source address that a backend lost stays as long as connections use it.
+func (m *Manager) removeUnusedSources(conns map[uint32]int) error {
 	inUse := make(map[uint32]bool)
 	for _, b := range m.backends {
 		for _, id := range b.pools {
 			inUse[id] = true
 		}
 	}
-	sources := make(map[uint32]bool)
+	for id := range m.sources {
+		if conns[id] == 0 {
+			m.emptySources[id]++
+		} else {
+			delete(m.emptySources, id)
+		}
+	}
+	needed := make(map[uint32]bool)
 	for key, id := range m.pools {
-		// A backend that lost a source address may still have connections from it: the pool stays as long as it does.
-		living := slices.ContainsFunc(m.backendList(), func(b *Backend) bool {
-			return b.Method == MethodFullNAT && b.Address == key.address && b.Port == key.port
-		})
-		if inUse[id] || living {
-			sources[key.source] = true
+		if inUse[id] || m.emptySources[key.source] < 2 {
+			needed[key.source] = true
 			continue
+		}
+		// The entry first: a killed daemon's successor then knows the number to be free.
+		if err := m.set.raw.Pools.Put(id, &bpf.FairleadPool{}); err != nil {
+			return fmt.Errorf("clear port pool %d: %w", id, err)
 		}
 		for kind := range uint32(2) {
 			if err := m.set.raw.Ports.Delete(id*2 + kind); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
 				return fmt.Errorf("remove port pool %d: %w", id, err)
 			}
 		}
-		if err := m.set.raw.Pools.Put(id, &bpf.FairleadPool{}); err != nil {
-			return fmt.Errorf("clear port pool %d: %w", id, err)
-		}
 		delete(m.pools, key)
 	}
 	for id, s := range m.sources {
-		if sources[id] || m.wanted[s.Address] {
+		if needed[id] || m.wanted[s.Address] || m.emptySources[id] < 2 {
 			continue
 		}
 		table, key := m.sourceEntry(s)
@@ -161,14 +165,7 @@ func (m *Manager) removeUnusedSources() error {
 			return fmt.Errorf("clear source address %v: %w", s.Address, err)
 		}
 		delete(m.sources, id)
+		delete(m.emptySources, id)
 	}
 	return nil
-}
-
-func (m *Manager) backendList() []*Backend {
-	list := make([]*Backend, 0, len(m.backends))
-	for _, b := range m.backends {
-		list = append(list, b)
-	}
-	return list
 }

@@ -31,22 +31,27 @@ const (
 )
 
 // TestPeers is traffic between programs that nobody here wrote: Python's websockets behind the service, Node's ws in
-// front of it; curl, wrk and iperf3 through it.
+// front of it; curl, wrk and iperf3 through it. With one arm and with two, half of them behind a masquerading router.
 func TestPeers(t *testing.T) {
-	for _, form := range []struct{ prefix, method, family string }{
-		{"e2epeernat4", "fullnat", "IPv4"}, {"e2epeernat6", "fullnat", "IPv6"},
-		{"e2epeerdsr4", "dsr", "IPv4"}, {"e2epeerdsr6", "dsr", "IPv6"},
+	for _, form := range []struct {
+		prefix, method, family string
+		arms                   arms
+		masquerade             bool
+	}{
+		{"e2epeernat4", "fullnat", "IPv4", lab.OneArm, false}, {"e2epeernat6", "fullnat", "IPv6", lab.TwoArm, true},
+		{"e2epeerdsr4", "dsr", "IPv4", lab.TwoArm, true}, {"e2epeerdsr6", "dsr", "IPv6", lab.OneArm, false},
 	} {
 		t.Run(form.method+"/"+form.family, func(t *testing.T) {
-			testPeers(t, form.prefix, form.method, form.family == "IPv6")
+			topo, chat := mustTopology(t, form.arms, form.prefix, form.method, form.family == "IPv6", 3,
+				lab.Options{Masquerade: form.masquerade})
+			testPeers(t, topo, chat)
 		})
 	}
 }
 
-func testPeers(t *testing.T, prefix, method string, v6 bool) {
+func testPeers(t *testing.T, topo *lab.Topology, chat service) {
 	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 	defer cancel()
-	topo, chat := mustTopology(t, prefix, method, v6, 3, lab.Options{})
 	web, iperf := chat, chat
 	web.port, iperf.port = httpPort, iperfPort
 	iperf.extra = []string{"affinity: client"} // its control and data connections belong together
@@ -56,7 +61,7 @@ func testPeers(t *testing.T, prefix, method string, v6 bool) {
 		mustStart(t, b.Node, "iperf3", "--server", "--port", fmt.Sprint(iperfPort))
 		mustServeHTTP(t, b, uploads)
 	}
-	e := newEdge(t, topo, "interfaces: [front, back]", "xdp: native", "epoch: 1s")
+	e := newEdge(t, topo, interfacesOf(topo), "xdp: native", "epoch: 1s")
 	e.write(chat, web, iperf)
 	e.start()
 

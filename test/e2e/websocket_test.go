@@ -3,6 +3,7 @@ package e2e
 import (
 	"context"
 	"flag"
+	"fmt"
 	"math"
 	"net/netip"
 	"slices"
@@ -28,14 +29,17 @@ func TestWebSockets(t *testing.T) {
 	}
 }
 
-// mustTopology builds two arms with backends that listen, and the service that names them.
-func mustTopology(t *testing.T, prefix, method string, v6 bool, backends int, options lab.Options) (*lab.Topology, service) {
+// arms is lab.OneArm or lab.TwoArm.
+type arms func(prefix string, options lab.Options) (*lab.Topology, error)
+
+// mustTopology builds a lab, and the service that its backends are to serve.
+func mustTopology(t *testing.T, build arms, prefix, method string, v6 bool, backends int, options lab.Options) (*lab.Topology, service) {
 	t.Helper()
 	options.Backends, options.ClientAddresses = backends, 8
 	if method == "dsr" {
 		options.DSRServices = lab.DefaultServices()
 	}
-	topo, err := lab.TwoArm(prefix, options)
+	topo, err := build(prefix, options)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -60,6 +64,14 @@ func mustTopology(t *testing.T, prefix, method string, v6 bool, backends int, op
 	return topo, s
 }
 
+// interfacesOf is the configuration's line that names the edge's interfaces.
+func interfacesOf(topo *lab.Topology) string {
+	if topo.EdgeFront == topo.EdgeBack {
+		return fmt.Sprintf("interfaces: [%s]", topo.EdgeFront)
+	}
+	return fmt.Sprintf("interfaces: [%s, %s]", topo.EdgeFront, topo.EdgeBack)
+}
+
 func mustServe(t *testing.T, b *lab.Backend) {
 	t.Helper()
 	listen := []netip.AddrPort{netip.AddrPortFrom(netip.IPv6Unspecified(), websocketPort)}
@@ -71,13 +83,13 @@ func mustServe(t *testing.T, b *lab.Backend) {
 func testWebSockets(t *testing.T, prefix, method string, v6 bool) {
 	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
 	defer cancel()
-	topo, s := mustTopology(t, prefix, method, v6, 4, lab.Options{})
+	topo, s := mustTopology(t, lab.TwoArm, prefix, method, v6, 4, lab.Options{})
 	for _, b := range topo.Backends() {
 		mustServe(t, b)
 	}
 	all := s.backends
 	s.backends = all[:3]
-	e := newEdge(t, topo, "interfaces: [front, back]", "xdp: native", "epoch: 1s")
+	e := newEdge(t, topo, interfacesOf(topo), "xdp: native", "epoch: 1s")
 	e.write(s)
 	e.start()
 	set := e.open()

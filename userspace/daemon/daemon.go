@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"net/netip"
 	"os"
+	"reflect"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -38,6 +39,7 @@ type daemon struct {
 	manager  *maps.Manager
 	moved    chan []neighbor.NextHop
 	hostPort config.PortRange
+	applied  maps.Wanted // what the maps hold
 }
 
 // Run is the daemon, until ctx ends. Then the programs stay attached and go on forwarding: a stop ends no connection.
@@ -243,10 +245,13 @@ func (d *daemon) reload(ctx context.Context) error {
 func (d *daemon) restore() error {
 	d.watcher.SetDestinations(d.destinationsInUse())
 	wanted, err := d.wanted(d.config)
-	if err != nil {
-		return fmt.Errorf("go back to the configuration in force: %w", err)
+	if err == nil {
+		err = d.replace(d.config)
 	}
-	if err := d.apply(wanted); err != nil {
+	if err == nil {
+		err = d.apply(wanted)
+	}
+	if err != nil {
 		return fmt.Errorf("go back to the configuration in force: %w", err)
 	}
 	return nil
@@ -263,7 +268,10 @@ func (d *daemon) replace(cfg *config.Config) error {
 	if err != nil {
 		return err
 	}
-	if settings == d.loader.Settings() && sameInterfaces(d.loader.Attachments(), interfaces) {
+	// Sizes are those of the maps, whatever the configuration says.
+	inForce := d.loader.Settings()
+	settings.Connections, settings.HalfOpen = inForce.Connections, inForce.HalfOpen
+	if settings == inForce && sameInterfaces(d.loader.Attachments(), interfaces) {
 		return nil
 	}
 	if err := d.loader.Replace(settings, interfaces); err != nil {
@@ -275,6 +283,7 @@ func (d *daemon) replace(cfg *config.Config) error {
 }
 
 func (d *daemon) apply(wanted maps.Wanted) error {
+	d.applied = maps.Wanted{}
 	changes, err := d.manager.Apply(wanted, d.nextHop)
 	for _, line := range changes {
 		d.log.Info(line)
@@ -282,6 +291,7 @@ func (d *daemon) apply(wanted maps.Wanted) error {
 	if err != nil {
 		return fmt.Errorf("apply the configuration: %w", err)
 	}
+	d.applied = wanted
 	return nil
 }
 
@@ -301,9 +311,9 @@ func (d *daemon) nextHopsChanged(hops []neighbor.NextHop) error {
 	if err != nil {
 		return err
 	}
-	// The source addresses that nobody configured are those of the routes: they may have moved.
+	// Rings leave out whom nobody can reach. And source addresses that nobody configured are those of the routes.
 	wanted, err := d.wanted(d.config)
-	if err != nil {
+	if err != nil || len(turned) == 0 && reflect.DeepEqual(wanted, d.applied) {
 		return err
 	}
 	return d.apply(wanted)

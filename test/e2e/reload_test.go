@@ -1,0 +1,222 @@
+package e2e
+
+import (
+	"context"
+	"net"
+	"net/netip"
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"fairlead/loader"
+	"fairlead/maps"
+	"fairlead/test/lab"
+)
+
+// chatting is a topology with a running edge and WebSockets that talk through it.
+type chatting struct {
+	*edge
+	topo    *lab.Topology
+	service service
+	clients *lab.Clients
+	ctx     context.Context
+	opened  int
+}
+
+func mustChat(t *testing.T, prefix, method string, backends, connections int) *chatting {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+	t.Cleanup(cancel)
+	topo, s := mustTopology(t, lab.TwoArm, prefix, method, false, backends, lab.Options{})
+	for _, b := range topo.Backends() {
+		mustServe(t, b)
+	}
+	e := newEdge(t, topo, interfacesOf(topo), "xdp: native", "epoch: 500ms")
+	e.write(s)
+	e.start()
+	clients, err := topo.Clients.StartClients()
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := &chatting{edge: e, topo: topo, service: s, clients: clients, ctx: ctx}
+	c.open(connections)
+	if err := clients.Chatter(ctx, lab.ChatterOptions{Rate: 500}); err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+func (c *chatting) open(n int) {
+	c.t.Helper()
+	if err := c.clients.Open(c.ctx, lab.OpenOptions{
+		Target: c.service.addrPort(), Sources: c.topo.ClientAddresses(c.service.address), Count: n,
+	}); err != nil {
+		c.t.Fatalf("open %d WebSockets: %v\n%s", n, err, c.log())
+	}
+	c.opened += n
+}
+
+// unhurt waits until every connection there is had time to echo, and fails if any has broken or moved.
+func (c *chatting) unhurt() {
+	c.t.Helper()
+	stats := func() lab.ClientStats {
+		st, err := c.clients.Stats(c.ctx)
+		if err != nil {
+			c.t.Fatal(err)
+		}
+		if st.Broken+st.Moved+st.Wrong+st.Failed+st.ClosedByServer > 0 {
+			c.t.Fatalf("connections were hurt: %+v\n%s", st, c.log())
+		}
+		return st
+	}
+	before := stats().Echoed
+	c.until("messages are echoed", func() bool { return int(stats().Echoed-before) >= 2*c.opened })
+}
+
+func (c *chatting) hangUp() {
+	c.t.Helper()
+	c.process.Signal(unix.SIGHUP)
+}
+
+func (c *chatting) logged(text string) {
+	c.t.Helper()
+	c.until("the log says "+text, func() bool { return strings.Contains(c.log(), text) })
+}
+
+func (c *chatting) inventory(set *maps.Set) *maps.Inventory {
+	c.t.Helper()
+	inv, err := set.Inventory()
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	return inv
+}
+
+// TestReload: a bad file changes nothing and says where and what; a good one takes effect whole.
+func TestReload(t *testing.T) {
+	c := mustChat(t, "e2ereload", "dsr", 2, 100)
+	set := c.edge.open()
+
+	if err := os.WriteFile(c.config, []byte("services:\n- name: x\n  adress: 192.0.2.10\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	c.hangUp()
+	c.logged("adress")
+	c.unhurt()
+
+	// What can't be changed on a living service is refused; the rest of that file is not applied either.
+	odd := c.service
+	odd.extra = []string{"ring_size: 1009"}
+	odd.backends = append(odd.backends[:len(odd.backends):len(odd.backends)], backend{"ws9", c.topo.Backends()[0].Address(odd.address).Next().Next().Next(), 1})
+	c.write(odd)
+	c.hangUp()
+	c.logged("ring_size 1009")
+	if n := len(c.inventory(set).Backends); n != 2 {
+		t.Errorf("a refused reload left %d backends, want 2", n)
+	}
+	c.unhurt()
+
+	// Another service of another method and family asks for a program with other constants: it is replaced in place.
+	before := c.attachments()
+	other := c.service
+	other.method, other.address, other.port = "fullnat", netip.MustParseAddr("2001:db8::99"), 9000
+	other.backends = nil
+	for _, b := range c.topo.Backends() {
+		other.backends = append(other.backends, backend{b.Name(), b.Address(other.address), 1})
+	}
+	c.edge.reload(c.service, other)
+	c.unhurt()
+	after := c.attachments()
+	if len(before) != 2 || len(after) != 2 || before[0].Link != after[0].Link || before[0].Program == after[0].Program {
+		t.Errorf("want the same links with another program; before %+v, after %+v", before, after)
+	}
+	if n := len(c.inventory(set).Services); n != 2 {
+		t.Errorf("%d services, want 2", n)
+	}
+	// It leaves again at once: nobody is connected to it.
+	c.edge.reload(c.service)
+	c.until("the other service is gone", func() bool { return len(c.inventory(set).Services) == 1 })
+	c.unhurt()
+
+	// Weight 0 drains.
+	drained := c.service
+	drained.backends = []backend{drained.backends[0], {drained.backends[1].name, drained.backends[1].address, 0}}
+	c.edge.reload(drained)
+	st, err := c.clients.Stats(c.ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.open(100)
+	now, err := c.clients.Stats(c.ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if name := drained.backends[1].name; now.Servers[name] != st.Servers[name] {
+		t.Errorf("a backend of weight 0 got %d new connections", now.Servers[name]-st.Servers[name])
+	}
+	c.unhurt()
+}
+
+func (c *chatting) attachments() (list []loader.Attachment) {
+	c.t.Helper()
+	if err := c.node.Do(func() (err error) { list, err = loader.Links(c.pinPath); return err }); err != nil {
+		c.t.Fatal(err)
+	}
+	return list
+}
+
+// TestNeighbors: a backend whose Ethernet address changes is followed; one without a neighbour is said so, gets no new
+// connections, and gets them again when it is there.
+func TestNeighbors(t *testing.T) {
+	c := mustChat(t, "e2eneigh", "dsr", 2, 60)
+	set := c.edge.open()
+	b := c.topo.Backends()[0]
+	if err := b.Do(func() error {
+		link, err := netlink.LinkByName("eth0")
+		if err != nil {
+			return err
+		}
+		return netlink.LinkSetHardwareAddr(link, net.HardwareAddr{2, 0, 0, 0, 0, 0x77})
+	}); err != nil {
+		t.Fatal(err)
+	}
+	// It asks for the edge anew, and the edge learns from the question.
+	c.until("the new Ethernet address is known", func() bool {
+		if err := b.Do(func() error {
+			conn, err := net.Dial("udp", netip.AddrPortFrom(c.topo.EdgeAddress(c.service.address), 9).String())
+			if err != nil {
+				return err
+			}
+			defer conn.Close()
+			_, err = conn.Write([]byte("hello"))
+			return err
+		}); err != nil {
+			t.Log(err) // it may have been refused for the last one
+		}
+		for _, have := range c.inventory(set).Backends {
+			if have.NextHop.MAC == [6]byte{2, 0, 0, 0, 0, 0x77} {
+				return true
+			}
+		}
+		return false
+	})
+	c.unhurt()
+
+	ghost := c.service
+	ghost.backends = append(ghost.backends[:2:2], backend{"ghost", netip.MustParseAddr("10.0.0.200"), 1})
+	c.edge.reload(ghost)
+	c.until("the ghost is said to be without a neighbour", func() bool {
+		for _, have := range c.inventory(set).Backends {
+			if have.Name == "ghost" && !have.NextHop.Known && strings.Contains(have.NextHop.Reason, "10.0.0.200") {
+				return true
+			}
+		}
+		return false
+	})
+	c.open(60) // every SYN finds another backend
+	c.unhurt()
+}
