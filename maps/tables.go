@@ -71,7 +71,7 @@ func (s *Set) Tables() ([]Table, error) {
 	var tables []Table
 	for name, m := range byName(s.raw) {
 		t := Table{
-			Name: name, Type: strings.ToLower(m.Type().String()), KeySize: m.KeySize(), ValueSize: m.ValueSize(),
+			Name: name, Type: typeName(m.Type()), KeySize: m.KeySize(), ValueSize: m.ValueSize(),
 			MaxEntries: m.MaxEntries(), Purpose: purposes[name],
 		}
 		var err error
@@ -92,6 +92,19 @@ func (s *Set) Tables() ([]Table, error) {
 	}
 	slices.SortFunc(tables, func(a, b Table) int { return strings.Compare(a.Name, b.Name) })
 	return tables, nil
+}
+
+// typeName is what the kernel calls a type of maps, in small letters.
+func typeName(t ebpf.MapType) string {
+	switch t {
+	case ebpf.PerCPUArray:
+		return "percpu_array"
+	case ebpf.LRUHash:
+		return "lru_hash"
+	case ebpf.ArrayOfMaps:
+		return "array_of_maps"
+	}
+	return strings.ToLower(t.String())
 }
 
 func memoryOf(m *ebpf.Map) (uint64, error) {
