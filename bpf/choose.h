@@ -307,6 +307,9 @@ __noinline int opening(struct flow *flow, struct service *service, struct choice
 		half->source = room->port.source;
 		half->source_port = room->port.port;
 	}
+	// Another slot's backend: an entry that differs from its own slot has its exception bit first.
+	if (hash != flow->hash)
+		exception_note(ctl, bits, flow->hash);
 	if (flow->family == FAMILY_IPV4)
 		bpf_map_update_elem(&half_open4, &flow->tuple.v4, half, BPF_ANY);
 	else

@@ -46,29 +46,29 @@ static __always_inline void half_open_remove(__u8 family, const union tuple *cli
 }
 
 // The look-ups of a way back also tell the client's tuple, to whoever wants to know it.
-#define REPLY_LOOK_UP(map4, map6)                                                                                      \
-	if (family == FAMILY_IPV4) {                                                                                   \
-		struct reply4 *entry = bpf_map_lookup_elem(&map4, &reply->v4);                                         \
+#define REPLY_LOOK_UP(type, map, key)                                                                                  \
+	do {                                                                                                           \
+		struct type *entry = bpf_map_lookup_elem(&map, &reply->key);                                           \
 		if (!entry)                                                                                            \
 			return NULL;                                                                                   \
 		if (client)                                                                                            \
-			client->v4 = entry->client;                                                                    \
+			client->key = entry->client;                                                                   \
 		return &entry->back;                                                                                   \
-	}                                                                                                              \
-	struct reply6 *entry = bpf_map_lookup_elem(&map6, &reply->v6);                                                 \
-	if (!entry)                                                                                                    \
-		return NULL;                                                                                           \
-	if (client)                                                                                                    \
-		client->v6 = entry->client;                                                                            \
-	return &entry->back;
+	} while (0)
 
 static __always_inline struct way_back *reply_find(__u8 family, const union tuple *reply, union tuple *client)
 {
-	REPLY_LOOK_UP(replies4, replies6)
+	if (family == FAMILY_IPV4)
+		REPLY_LOOK_UP(reply4, replies4, v4);
+	REPLY_LOOK_UP(reply6, replies6, v6);
 }
 
-static __always_inline struct way_back *half_reply_find(__u8 family, const union tuple *reply, union tuple *client){
-	REPLY_LOOK_UP(half_replies4, half_replies6)}
+static __always_inline struct way_back *half_reply_find(__u8 family, const union tuple *reply, union tuple *client)
+{
+	if (family == FAMILY_IPV4)
+		REPLY_LOOK_UP(reply4, half_replies4, v4);
+	REPLY_LOOK_UP(reply6, half_replies6, v6);
+}
 
 // reply_insert answers as bpf_map_update_elem does. (Global for its stack, which its callers need not share.)
 __noinline int reply_insert(union tuple *reply, struct flow *client, struct way_back *back, __u32 half)

@@ -319,7 +319,7 @@ type FairleadServiceLabel struct {
 	Protocol    uint8
 	RingSize    uint32
 	Flags       uint32
-	_           [4]byte
+	Pad         uint32
 	IdleTimeout uint64
 }
 

@@ -190,7 +190,7 @@ struct source {
 
 // The port queue of one source address towards one backend's address and port.
 struct pool {
-	__u32 source; // number of the source address
+	__u32 source;	   // number of the source address
 	__be32 address[4]; // of the backend, for the daemon: the programs come here by the backend
 	__be16 port;
 	__u8 family; // 0: this number is free
@@ -345,6 +345,7 @@ struct service_label {
 	__u8 protocol;
 	__u32 ring_size;
 	__u32 flags;
+	__u32 pad;
 	__u64 idle_timeout; // ns
 };
 

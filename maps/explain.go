@@ -1,8 +1,14 @@
 package maps
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
+
+	"github.com/cilium/ebpf"
+
+	"fairlead/bpf"
 )
 
 // Rule is what decides where a connection's packets go.
@@ -19,18 +25,21 @@ const (
 
 // Explanation is where a connection goes, and why.
 type Explanation struct {
-	Tuple     Tuple
-	Service   Service
-	Backend   Backend // zero: none
-	Rule      Rule
-	Slot      uint32
-	SlotNow   Slot   // what the ring holds there
-	Hash      uint64 // of the tuple
-	Exception bool   // its exception bit is set: the tables are asked
-	Fresh     bool   // its fresh bit is set: seen in the table, agreeing with the ring, in this epoch
-	FastPath  bool   // its next plain packet is forwarded by the ring alone
-	Entry     *Connection
-	HalfOpen  *HalfOpenConnection
+	Tuple   Tuple
+	Service Service
+	// Backend is where its next packet goes; for one that no table has, where a new connection goes. Zero: nowhere.
+	Backend Backend
+	// InMidConnection is where a packet in mid-connection that no table has goes; zero: it is answered RST.
+	InMidConnection Backend
+	Rule            Rule
+	Slot            uint32
+	SlotNow         Slot   // what the ring holds there
+	Hash            uint64 // of the tuple
+	Exception       bool   // its exception bit is set: the tables are asked
+	Fresh           bool   // its fresh bit is set: seen in the table, agreeing with the ring, in this epoch
+	FastPath        bool   // its next plain packet is forwarded by the ring alone
+	Entry           *Connection
+	HalfOpen        *HalfOpenConnection
 }
 
 // Explain computes where a client's connection to a service goes, by Go's own hash and the maps' ring and tables.
@@ -60,27 +69,91 @@ func (s *Set) Explain(inv *Inventory, client netip.AddrPort, service Service) (E
 	if err != nil {
 		return e, err
 	}
-	var id uint32
+	if opening && half.SourcePort != 0 {
+		// Its port may have been taken from it: then the data plane does not know it either.
+		if opening, err = s.paired(inv, &half); err != nil {
+			return e, err
+		}
+	}
 	switch {
 	case found:
-		e.Entry, e.Rule, id = &conn, RuleTable, conn.Backend
+		e.Entry, e.Rule = &conn, RuleTable
+		e.Backend, _ = inv.Backend(conn.Backend)
 	case opening:
-		e.HalfOpen, e.Rule, id = &half, RuleHalfOpen, half.Backend
+		e.HalfOpen, e.Rule = &half, RuleHalfOpen
+		e.Backend, _ = inv.Backend(half.Backend)
 	default:
-		e.Rule, id = RuleSettled, e.SlotNow.Backend
+		e.Rule = RuleSettled
 		if !e.SlotNow.Settled {
 			e.Rule = RuleUnsettled
 		}
+		if b, ok := inv.Backend(e.SlotNow.Backend); ok && b.Method.Stateless() {
+			e.InMidConnection = b
+		}
+		if e.Backend, err = s.forNew(inv, &e); err != nil {
+			return e, err
+		}
 	}
-	b, known := inv.Backend(id)
-	if !known {
+	if e.Backend.Name == "" || !e.Backend.Up {
 		e.Rule = RulePolicy
-		return e, nil
 	}
-	e.Backend = b
-	if !b.Up {
-		e.Rule = RulePolicy
-	}
-	e.FastPath = service.RingFirst && e.SlotNow.Settled && !e.Exception && e.Fresh && b.Method.Stateless()
+	e.FastPath = service.RingFirst && e.SlotNow.Settled && !e.Exception && e.Fresh && e.Backend.Method.Stateless()
 	return e, nil
+}
+
+// newTries is how many slots the data plane tries for a new connection: NEW_TRIES of choose.h.
+const newTries = 4
+
+// forNew chooses as the data plane's `opening` does: the connection's own slot, then others by its hash hashed on.
+func (s *Set) forNew(inv *Inventory, e *Explanation) (Backend, error) {
+	if e.Service.Leaving {
+		return Backend{}, nil
+	}
+	slot, hash := e.SlotNow, e.Hash
+	for i := range uint64(newTries) {
+		if i > 0 {
+			hash = finish(hash + i)
+			var err error
+			if slot, err = s.Slot(e.Service.ID, SlotOf(hash, e.Service.RingSize)); err != nil {
+				return Backend{}, err
+			}
+		}
+		if b, ok := inv.Backend(slot.Backend); ok && b.Up && b.NextHop.Known && !b.Leaving {
+			return b, nil
+		}
+	}
+	return Backend{}, nil
+}
+
+// paired tells whether the way back of a half-open connection is its own.
+func (s *Set) paired(inv *Inventory, h *HalfOpenConnection) (bool, error) {
+	b, known := inv.Backend(h.Backend)
+	i := slices.IndexFunc(inv.Sources, func(s Source) bool { return s.ID == h.Source })
+	if !known || i < 0 {
+		return false, nil
+	}
+	t := Tuple{
+		Source:      netip.AddrPortFrom(b.Address, b.Port),
+		Destination: netip.AddrPortFrom(inv.Sources[i].Address, h.SourcePort),
+	}
+	var err error
+	var back bpf.FairleadWayBack
+	if b.Address.Is4() {
+		var v bpf.FairleadReply4
+		key := tuple4(t)
+		err = s.raw.HalfReplies4.Lookup(&key, &v)
+		back = v.Back
+	} else {
+		var v bpf.FairleadReply6
+		key := tuple6(t)
+		err = s.raw.HalfReplies6.Lookup(&key, &v)
+		back = v.Back
+	}
+	if errors.Is(err, ebpf.ErrKeyNotExist) {
+		return false, nil
+	}
+	if err != nil {
+		return false, fmt.Errorf("look up the way back of %v: %w", h.Tuple, err)
+	}
+	return back.Generation == h.Generation, nil
 }

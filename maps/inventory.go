@@ -58,6 +58,7 @@ type Service struct {
 	Leaving        bool
 	OnBackendDown  DownPolicy
 	IdleTimeout    time.Duration
+	written        bool // the maps hold it
 }
 
 // AddrPort is the service's address and port.
@@ -77,6 +78,7 @@ type Backend struct {
 	NextHop NextHop
 	pools   []uint32
 	turn    uint32 // which half of the entry holds the next hop
+	written bool   // the maps hold it
 }
 
 // NextHop is where frames to a backend go. Not Known: Reason says why.

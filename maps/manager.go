@@ -93,6 +93,7 @@ type Manager struct {
 	sources  map[uint32]*Source
 	pools    map[poolKey]uint32
 	rings    map[uint32]*liveRing
+	pending  []pendingPool       // numbered, to be filled by this Apply
 	wanted   map[netip.Addr]bool // source addresses in the configuration
 
 	granted uint32         // tick from which idleness counts: nobody turned epochs before
@@ -101,6 +102,8 @@ type Manager struct {
 	empty   map[uint32]int // leaving backends: walks in a row that met no connection of theirs
 	// emptySources is the same for source addresses.
 	emptySources map[uint32]int
+	poolNumbers  map[uint32]bool
+	nextPool     uint32    // no number below is free
 	barrier      *ebpf.Map // an inner map for the entry that is updated to wait for the data plane
 }
 
@@ -132,7 +135,8 @@ func NewManager(raw *bpf.FairleadMaps, opts ManagerOptions) (*Manager, error) {
 		set: set, tend: opts.Tend, fill: opts.Fill, epoch: opts.Epoch, log: cmp.Or(opts.Logger, slog.Default()),
 		services: make(map[uint32]*Service), backends: make(map[uint32]*Backend), sources: make(map[uint32]*Source),
 		pools: make(map[poolKey]uint32), rings: make(map[uint32]*liveRing), empty: make(map[uint32]int), emptySources: make(map[uint32]int),
-		granted: Now(), turned: Now(),
+		poolNumbers: make(map[uint32]bool),
+		granted:     Now(), turned: Now(),
 	}
 	if err := m.adopt(); err != nil {
 		m.Close()
@@ -169,6 +173,7 @@ func (m *Manager) adopt() error {
 	}
 	for i := range inv.Services {
 		s := &inv.Services[i]
+		s.written = true
 		m.services[s.ID] = s
 		rm, err := m.set.ringMap(s.ID)
 		if err != nil {
@@ -186,11 +191,13 @@ func (m *Manager) adopt() error {
 	}
 	for i := range inv.Backends {
 		b := &inv.Backends[i]
+		b.written = true
 		m.backends[b.ID] = b
 	}
 	if err := walkTable(m.set.raw.Pools, func(id *uint32, v *bpf.FairleadPool) error {
 		if v.Family != 0 {
 			m.pools[poolKey{wordsAddress(v.Family, v.Address), portWire(v.Port), v.Protocol, v.Source}] = *id
+			m.poolNumbers[*id] = true
 		}
 		return nil
 	}); err != nil {
@@ -217,36 +224,54 @@ func (m *Manager) Apply(w Wanted, hop func(netip.Addr) NextHop) (changes []strin
 	say := func(format string, args ...any) { changes = append(changes, fmt.Sprintf(format, args...)) }
 
 	m.wanted = make(map[netip.Addr]bool)
+	plans := make([]*plan, len(w.Services))
+	known := make(map[identity]*Backend, len(m.backends))
+	for _, b := range m.backends {
+		known[identityOf(b)] = b
+	}
+	var write []*Backend
+	for i := range w.Services {
+		if plans[i], err = m.planFor(&w.Services[i]); err != nil {
+			return changes, err
+		}
+		changed, err := m.backendsFor(plans[i], known, hop, say)
+		if err != nil {
+			return changes, err
+		}
+		write = append(write, changed...)
+	}
+	if err := m.putPools(); err != nil {
+		return changes, err
+	}
+	for _, b := range write {
+		if err := m.writeBackend(b); err != nil {
+			return changes, err
+		}
+	}
+	swapped, err := m.putRings(plans)
+	if err != nil {
+		return changes, err
+	}
 	keep := make(map[uint32]bool) // services
 	stay := make(map[uint32]bool) // backends
-	var swapped []uint32
-	for i := range w.Services {
-		ws := &w.Services[i]
-		s, fresh, err := m.serviceFor(ws)
-		if err != nil {
-			return changes, err
+	for _, p := range plans {
+		keep[p.service.ID] = true
+		for _, id := range p.ids {
+			stay[id] = true
 		}
-		keep[s.ID] = true
-		members, ids, err := m.backendsFor(ws, s.ID, hop, stay, say)
-		if err != nil {
-			return changes, err
+		if p.fresh {
+			say("service %s added: %v, %d backends", p.want.Name, p.service.AddrPort(), len(p.ids))
 		}
-		changed, err := m.ringFor(s, ws, members, ids)
-		if err != nil {
-			return changes, err
-		}
-		if changed {
-			swapped = append(swapped, s.ID)
-		}
-		if fresh {
-			say("service %s added: %v, %d backends", ws.Name, s.AddrPort(), len(ws.Backends))
-		}
-		if err := m.putService(s, ws); err != nil {
+		if err := m.putService(p.service, p.want); err != nil {
 			return changes, err
 		}
 	}
 	for _, s := range m.services {
 		if keep[s.ID] || s.Leaving {
+			continue
+		}
+		if !s.written { // of an Apply that failed before it came to it
+			delete(m.services, s.ID)
 			continue
 		}
 		s.Leaving = true
@@ -259,13 +284,17 @@ func (m *Manager) Apply(w Wanted, hop func(netip.Addr) NextHop) (changes []strin
 		if stay[b.ID] || b.Leaving {
 			continue
 		}
+		if !b.written {
+			delete(m.backends, b.ID)
+			continue
+		}
 		b.Leaving = true
 		say("backend %s leaving: no new connections", m.fullName(b))
 		if err := m.writeBackend(b); err != nil {
 			return changes, err
 		}
 	}
-	if len(swapped) > 0 {
+	if swapped {
 		if err := m.sweep(); err != nil {
 			return changes, err
 		}
@@ -336,81 +365,86 @@ func freeNumber[T any](used map[uint32]T, limit uint32, what string) (uint32, er
 	return 0, fmt.Errorf("no number left for another %s: %d are in use", what, limit)
 }
 
-func (m *Manager) serviceFor(ws *WantedService) (s *Service, fresh bool, err error) {
-	if s = m.find(serviceKey{ws.Address, ws.Port, ws.Protocol}); s != nil {
-		return s, false, nil
+// plan is what is to become of one wanted service.
+type plan struct {
+	want    *WantedService
+	service *Service
+	fresh   bool // the maps don't hold it yet
+	members []Member
+	ids     []uint32 // numbers of the members
+}
+
+func (m *Manager) planFor(ws *WantedService) (*plan, error) {
+	if s := m.find(serviceKey{ws.Address, ws.Port, ws.Protocol}); s != nil {
+		return &plan{want: ws, service: s}, nil
 	}
 	id, err := freeNumber(m.services, barrierSlot, "service")
 	if err != nil {
-		return nil, false, err
+		return nil, err
 	}
-	s = &Service{
+	s := &Service{
 		ID: id, Name: ws.Name, Address: ws.Address, Port: ws.Port, Protocol: ws.Protocol, RingSize: ws.RingSize,
 		AffinityClient: ws.AffinityClient,
 	}
 	if err := zeroPerCPU[bpf.FairleadTraffic](m.set.raw.ServiceTraffic, id); err != nil {
-		return nil, false, err
+		return nil, err
 	}
-	return s, true, nil
+	m.services[id] = s
+	return &plan{want: ws, service: s, fresh: true}, nil
 }
 
-func (m *Manager) backendsFor(ws *WantedService, service uint32, hop func(netip.Addr) NextHop, stay map[uint32]bool,
-	say func(string, ...any)) (members []Member, ids []uint32, err error) {
-	for i := range ws.Backends {
-		wb := &ws.Backends[i]
-		key := identity{service, wb.Name, wb.Address, wb.Port, wb.Method}
-		var b *Backend
-		for _, have := range m.backends {
-			if identityOf(have) == key {
-				b = have
-			}
-		}
+// backendsFor finds or makes a service's backends and answers those whose entry has to be written.
+func (m *Manager) backendsFor(p *plan, known map[identity]*Backend, hop func(netip.Addr) NextHop,
+	say func(string, ...any)) (write []*Backend, err error) {
+	for i := range p.want.Backends {
+		wb := &p.want.Backends[i]
+		key := identity{p.service.ID, wb.Name, wb.Address, wb.Port, wb.Method}
+		b := known[key]
 		before := Backend{}
 		if b != nil {
 			before = *b
 			if before.Leaving {
-				say("backend %s/%s is back", ws.Name, b.Name)
+				say("backend %s/%s is back", p.want.Name, b.Name)
 			} else if before.Weight != wb.Weight {
-				say("backend %s/%s: weight %d, was %d", ws.Name, b.Name, wb.Weight, before.Weight)
+				say("backend %s/%s: weight %d, was %d", p.want.Name, b.Name, wb.Weight, before.Weight)
 			}
 		} else {
 			id, err := freeNumber(m.backends, uint32(bpf.FairleadLimitsMAX_BACKENDS), "backend")
 			if err != nil {
-				return nil, nil, err
+				return nil, err
 			}
-			b = &Backend{ID: id, Service: service, Name: wb.Name, Address: wb.Address, Port: wb.Port, Method: wb.Method}
+			b = &Backend{
+				ID: id, Service: p.service.ID, Name: wb.Name, Address: wb.Address, Port: wb.Port, Method: wb.Method,
+			}
 			if err := zeroPerCPU[bpf.FairleadTraffic](m.set.raw.BackendTraffic, id); err != nil {
-				return nil, nil, err
+				return nil, err
 			}
-			say("backend %s/%s added: %v by %v", ws.Name, b.Name, netip.AddrPortFrom(b.Address, b.Port), b.Method)
+			say("backend %s/%s added: %v by %v", p.want.Name, b.Name, netip.AddrPortFrom(b.Address, b.Port), b.Method)
+			m.backends[id], known[key] = b, b
 		}
 		b.Weight, b.Leaving, b.Up = wb.Weight, false, true
 		b.NextHop = hop(b.Address)
 		if b.pools, err = m.poolsFor(b, wb.Sources); err != nil {
-			return nil, nil, err
+			return nil, err
 		}
 		if !slices.Equal(before.pools, b.pools) || before.Weight != b.Weight || before.Leaving || !before.Up ||
 			before.NextHop != b.NextHop {
-			if err := m.writeBackend(b); err != nil {
-				return nil, nil, err
-			}
+			write = append(write, b)
 		}
-		m.backends[b.ID] = b
 		delete(m.empty, b.ID)
-		stay[b.ID] = true
-		members = append(members, Member{Name: b.Name, Weight: b.Weight})
-		ids = append(ids, b.ID)
+		p.members = append(p.members, Member{Name: b.Name, Weight: b.Weight})
+		p.ids = append(p.ids, b.ID)
 	}
 	// Who can't be reached takes no new connections, as long as another can.
 	reachable := func(id uint32) bool { b := m.backends[id]; return b.Weight > 0 && b.NextHop.Known }
-	if slices.ContainsFunc(ids, reachable) {
-		for i, id := range ids {
+	if slices.ContainsFunc(p.ids, reachable) {
+		for i, id := range p.ids {
 			if !reachable(id) {
-				members[i].Weight = 0
+				p.members[i].Weight = 0
 			}
 		}
 	}
-	return members, ids, nil
+	return write, nil
 }
 
 // writeBackend writes a backend's entry, then its label, which is what makes it there for readers. A changed next hop is
@@ -453,6 +487,7 @@ func (m *Manager) writeBackend(b *Backend) error {
 	if err := m.set.raw.BackendInfo.Put(b.ID, &info); err != nil {
 		return fmt.Errorf("write the name of backend %d: %w", b.ID, err)
 	}
+	b.written = true
 	return nil
 }
 
@@ -491,21 +526,68 @@ func newRingMap(size uint32) (*ebpf.Map, error) {
 // ringFlags let rings of all sizes stand in one map of maps (BPF_F_INNER_MAP, Linux 5.10).
 const ringFlags = 1 << 12
 
-// ringFor builds a service's ring aside and swaps it in whole, with every slot that changes hands unsettled.
-func (m *Manager) ringFor(s *Service, ws *WantedService, members []Member, ids []uint32) (changed bool, err error) {
-	slots, err := BuildRing(ws.RingSize, members)
-	if err != nil {
-		return false, fmt.Errorf("service %s: build the ring: %w", ws.Name, err)
+// putRings builds the rings that change aside and swaps them in whole, all in one batch, with every slot that changes
+// hands unsettled.
+func (m *Manager) putRings(plans []*plan) (swapped bool, err error) {
+	rings := make(map[uint32]*liveRing)
+	defer func() {
+		if err != nil {
+			for _, r := range rings {
+				r.m.Close()
+			}
+		}
+	}()
+	var ids, descriptors []uint32
+	for _, p := range plans {
+		words, changed, err := m.ringFor(p)
+		if err != nil {
+			return false, err
+		}
+		old := m.rings[p.service.ID]
+		if old != nil && !changed {
+			continue
+		}
+		rm, err := newRingMap(p.want.RingSize)
+		if err != nil {
+			return false, err
+		}
+		rings[p.service.ID] = &liveRing{m: rm, words: words, unsettled: changed}
+		if err := putWords(rm, words, nil); err != nil {
+			return false, err
+		}
+		ids, descriptors = append(ids, p.service.ID), append(descriptors, uint32(rm.FD()))
+		swapped = swapped || changed
 	}
-	words := make([]uint32, len(slots))
+	if len(ids) == 0 {
+		return false, nil
+	}
+	// The update returns only when no CPU uses an old ring any more: map-in-map updates wait for an RCU grace period.
+	if _, err := m.set.raw.Rings.BatchUpdate(ids, descriptors, nil); err != nil {
+		return false, fmt.Errorf("swap %d rings: %w", len(ids), err)
+	}
+	for id, r := range rings {
+		if old := m.rings[id]; old != nil {
+			old.m.Close()
+		}
+		m.rings[id] = r
+	}
+	return swapped, nil
+}
+
+// ringFor builds the words of a service's ring. Changed: it differs from the living one.
+func (m *Manager) ringFor(p *plan) (words []uint32, changed bool, err error) {
+	slots, err := BuildRing(p.want.RingSize, p.members)
+	if err != nil {
+		return nil, false, fmt.Errorf("service %s: build the ring: %w", p.want.Name, err)
+	}
+	words = make([]uint32, len(slots))
 	for i, member := range slots {
 		words[i] = NoBackend
 		if member >= 0 {
-			words[i] = ids[member]
+			words[i] = p.ids[member]
 		}
 	}
-	old := m.rings[s.ID]
-	if old != nil {
+	if old := m.rings[p.service.ID]; old != nil {
 		for i, w := range old.words {
 			if w&slotBackend != words[i] {
 				changed = true
@@ -513,28 +595,8 @@ func (m *Manager) ringFor(s *Service, ws *WantedService, members []Member, ids [
 			}
 			words[i] |= w & slotUnsettled
 		}
-		if !changed {
-			return false, nil
-		}
 	}
-	rm, err := newRingMap(ws.RingSize)
-	if err != nil {
-		return false, err
-	}
-	if err := putWords(rm, words, nil); err != nil {
-		rm.Close()
-		return false, err
-	}
-	// The update returns only when no CPU uses the old ring any more: map-in-map updates wait for an RCU grace period.
-	if err := m.set.raw.Rings.Put(s.ID, rm); err != nil {
-		rm.Close()
-		return false, fmt.Errorf("swap the ring of service %s: %w", ws.Name, err)
-	}
-	if old != nil {
-		old.m.Close()
-	}
-	m.rings[s.ID] = &liveRing{m: rm, words: words, unsettled: changed}
-	return changed, nil
+	return words, changed, nil
 }
 
 // putWords writes slots of a ring: those of the list, or all.
@@ -565,10 +627,9 @@ func (m *Manager) putService(s *Service, ws *WantedService) error {
 	before := *s
 	s.Name, s.OnBackendDown, s.IdleTimeout, s.Leaving = ws.Name, ws.OnBackendDown, ws.IdleTimeout, false
 	s.RingFirst = slices.ContainsFunc(ws.Backends, func(b WantedBackend) bool { return b.Method.Stateless() })
-	if _, known := m.services[s.ID]; known && before == *s {
+	if before == *s && s.written {
 		return nil
 	}
-	m.services[s.ID] = s
 	return m.writeService(s)
 }
 
@@ -595,6 +656,7 @@ func (m *Manager) writeService(s *Service) error {
 	if err := table.Put(key, &v); err != nil {
 		return fmt.Errorf("write service %s: %w", s.Name, err)
 	}
+	s.written = true
 	return nil
 }
 

@@ -69,52 +69,83 @@ func (m *Manager) sourceEntry(s *Source) (table *ebpf.Map, key any) {
 	return m.set.raw.Sources6, &bpf.FairleadAddress6{Address: words}
 }
 
-// newPool makes the two queues of a pool and fills the one of unused ports.
+// newPool gives a pool its number; putPools makes its queues.
 func (m *Manager) newPool(key poolKey, src *Source) (uint32, error) {
-	used := make(map[uint32]bool, len(m.pools))
-	for _, id := range m.pools {
-		used[id] = true
-	}
-	id, err := freeNumber(used, uint32(bpf.FairleadLimitsMAX_POOLS), "port pool")
-	if err != nil {
-		return 0, err
-	}
-	count := uint32(src.Last-src.First) + 1
-	for kind := range uint32(2) {
-		queue, err := ebpf.NewMap(&ebpf.MapSpec{Name: "port_queue", Type: ebpf.Queue, ValueSize: 4, MaxEntries: count})
-		if err != nil {
-			return 0, fmt.Errorf("make a queue of %d ports: %w", count, err)
-		}
-		err = m.set.raw.Ports.Put(id*2+kind, queue)
-		queue.Close()
-		if err != nil {
-			return 0, fmt.Errorf("put the queue of port pool %d: %w", id, err)
+	for m.poolNumbers[m.nextPool] {
+		if m.nextPool++; m.nextPool == uint32(bpf.FairleadLimitsMAX_POOLS) {
+			return 0, fmt.Errorf("no number left for another port pool: %d are in use", m.nextPool)
 		}
 	}
+	id := m.nextPool
+	m.poolNumbers[id] = true
+	m.pending = append(m.pending, pendingPool{id, key, src})
+	return id, nil
+}
+
+// pendingPool is a pool with a number and no queues yet.
+type pendingPool struct {
+	id  uint32
+	key poolKey
+	src *Source
+}
+
+// putPools makes the two queues of each pending pool, all in one batch, and fills those of unused ports.
+func (m *Manager) putPools() (err error) {
+	var ids, descriptors []uint32
+	for _, p := range m.pending {
+		for kind := range uint32(2) {
+			count := uint32(p.src.Last-p.src.First) + 1
+			queue, err := ebpf.NewMap(&ebpf.MapSpec{
+				Name: "port_queue", Type: ebpf.Queue, ValueSize: 4, MaxEntries: count,
+			})
+			if err != nil {
+				return fmt.Errorf("make a queue of %d ports: %w", count, err)
+			}
+			defer queue.Close()
+			ids, descriptors = append(ids, p.id*2+kind), append(descriptors, uint32(queue.FD()))
+		}
+	}
+	if len(ids) == 0 {
+		return nil
+	}
+	if _, err := m.set.raw.Ports.BatchUpdate(ids, descriptors, nil); err != nil {
+		return fmt.Errorf("put %d queues of ports: %w", len(ids), err)
+	}
+	for _, p := range m.pending {
+		if err := m.fillPool(p); err != nil {
+			return err
+		}
+	}
+	m.pending = nil
+	return nil
+}
+
+func (m *Manager) fillPool(p pendingPool) error {
+	count := uint32(p.src.Last-p.src.First) + 1
 	for done := uint32(0); done < count; {
 		part := min(count-done, uint32(bpf.FairleadLimitsFILL_PORTS))
-		request := bpf.FairleadFillRequest{Pool: id, FirstPort: uint32(src.First) + done, Count: part}
+		request := bpf.FairleadFillRequest{Pool: p.id, FirstPort: uint32(p.src.First) + done, Count: part}
 		packet, err := binary.Append(nil, binary.NativeEndian, &request)
 		if err != nil {
-			return 0, err
+			return err
 		}
 		verdict, err := m.fill.Run(&ebpf.RunOptions{Data: packet})
 		if err != nil {
-			return 0, fmt.Errorf("fill port pool %d: %w", id, err)
+			return fmt.Errorf("fill port pool %d: %w", p.id, err)
 		}
 		if verdict != xdpPass {
-			return 0, fmt.Errorf("fill port pool %d with ports from %d: the queue does not take them (answer %d)",
-				id, request.FirstPort, verdict)
+			return fmt.Errorf("fill port pool %d with ports from %d: the queue does not take them (answer %d)",
+				p.id, request.FirstPort, verdict)
 		}
 		done += part
 	}
-	if err := m.set.raw.Pools.Put(id, &bpf.FairleadPool{
-		Source: src.ID, Address: addressWords(key.address), Port: portWire(key.port), Family: familyOf(key.address),
-		Protocol: key.protocol,
+	if err := m.set.raw.Pools.Put(p.id, &bpf.FairleadPool{
+		Source: p.src.ID, Address: addressWords(p.key.address), Port: portWire(p.key.port),
+		Family: familyOf(p.key.address), Protocol: p.key.protocol,
 	}); err != nil {
-		return 0, fmt.Errorf("write port pool %d: %w", id, err)
+		return fmt.Errorf("write port pool %d: %w", p.id, err)
 	}
-	return id, nil
+	return nil
 }
 
 // xdpPass is XDP_PASS: what the data plane's programs for the daemon answer when all went well.
@@ -152,6 +183,8 @@ func (m *Manager) removeUnusedSources(conns map[uint32]int) error {
 			}
 		}
 		delete(m.pools, key)
+		delete(m.poolNumbers, id)
+		m.nextPool = min(m.nextPool, id)
 	}
 	for id, s := range m.sources {
 		if needed[id] || m.wanted[s.Address] || m.emptySources[id] < 2 {

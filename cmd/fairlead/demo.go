@@ -247,8 +247,9 @@ func (d *demo) leave() error {
 	edge := fmt.Sprintf("nsenter --net=/run/netns/%s", d.lab.Edge.Namespace())
 	d.headline("Kept: lab, daemon, clients and their chatter. As root, look around:")
 	d.say("  export FAIRLEAD_CONFIG=%s", d.file())
-	for _, command := range []string{"status", "connections count", "connections list | head", "explain " + client + " chat",
-		"maps list"} {
+	for _, command := range []string{
+		"status", "connections count", "connections list | head", "explain " + client + " " + demoService, "maps list",
+	} {
 		d.say("  %s %s %s", edge, program, command)
 	}
 	if d.daemon != nil {

@@ -20,7 +20,7 @@ import (
 
 const (
 	demoService = "chat"
-	// pollPeriod is how often the pinned maps are asked whether something has come about.
+	// demoPoll is how often the pinned maps are asked whether something has come about.
 	demoPoll = 50 * time.Millisecond
 	// demoPatience is how long the daemon may take for anything.
 	demoPatience = 20 * time.Second
@@ -267,12 +267,14 @@ func (v demoView) said() (rows []row) {
 }
 
 // troubles are the events that mean that something could not be had.
-var troubles = []string{"adoption_limited", "young_limited", "table_full", "insert_failed", "port_stolen", "closing_unfit"}
+var troubles = []string{
+	"adoption_limited", "young_limited", "table_full", "insert_failed", "port_stolen", "closing_unfit",
+}
 
-// forwarded counts the packets that went through, both ways.
-func (v demoView) forwarded() (packets uint64) {
+// counted sums the packets of verdicts whose names begin so.
+func (v demoView) counted(prefixes ...string) (packets uint64) {
 	for i, name := range bpf.VerdictNames() {
-		if strings.HasPrefix(name, "forward_") || strings.HasPrefix(name, "reply_") {
+		if slices.ContainsFunc(prefixes, func(prefix string) bool { return strings.HasPrefix(name, prefix) }) {
 			packets += v.totals.Verdicts[i]
 		}
 	}

@@ -33,8 +33,8 @@ const (
 // its outcome.
 func (d *demo) tell() error {
 	family := map[bool]string{false: "IPv4", true: "IPv6"}[d.ipv6]
-	fmt.Fprintf(d.out, "Fairlead's demo: %s WebSockets to %s by %s over %s, through XDP\n", grouped(d.clients),
-		counted(d.backends, "backend"), d.method, family)
+	d.line(fmt.Sprintf("Fairlead's demo: %s WebSockets to %s by %s over %s, through XDP", grouped(d.clients),
+		counted(d.backends, "backend"), d.method, family))
 	for _, chapter := range []func() error{
 		d.build, d.start, d.connect, d.add, d.remove, d.crash, d.close,
 	} {
@@ -78,8 +78,7 @@ func (d *demo) build() error {
 			return err
 		}
 	}
-	arrow := map[bool]string{true: "--", false: "──"}[d.plain]
-	d.say("clients %s router %[1]s edge %[1]s %s   (namespaces %s-…)", arrow, strings.Join(names, ", "), d.labName())
+	d.say("clients ── router ── edge ── %s   (namespaces %s-…)", strings.Join(names, ", "), d.labName())
 	d.say("service %s at %v: %s", demoService, d.service, map[config.Method]string{
 		config.MethodFullNAT: "the edge rewrites both addresses, replies come back through it",
 		config.MethodDSR:     "the edge rewrites MAC addresses only, backends answer the clients themselves",
@@ -89,7 +88,8 @@ func (d *demo) build() error {
 
 // serve starts a backend's WebSocket server.
 func (d *demo) serve(b *lab.Backend) error {
-	_, err := b.StartServer(lab.ServerOptions{Listen: []netip.AddrPort{netip.AddrPortFrom(netip.IPv6Unspecified(), d.backendPort())}})
+	everywhere := netip.AddrPortFrom(netip.IPv6Unspecified(), d.backendPort())
+	_, err := b.StartServer(lab.ServerOptions{Listen: []netip.AddrPort{everywhere}})
 	return err
 }
 
@@ -334,7 +334,10 @@ func (d *demo) close() error {
 		{"messages echoed", grouped(quiet.Echoed)},
 		{"messages lost or garbled", grouped(lost + stats.Wrong)},
 		{"slowest echo", brief(quiet.Slowest)},
-		{"packets through XDP", grouped(v.forwarded())},
+		{"packets through XDP", grouped(v.counted("forward_", "reply_"))},
+	}
+	if alone := v.counted("forward_ring"); alone > 0 {
+		rows = append(rows, row{"  of them by the ring alone, no table asked", grouped(alone)})
 	}
 	d.table(append(rows, v.said()...))
 	for _, failure := range stats.Failures {
@@ -449,15 +452,19 @@ func (d *demo) round(moral string) error {
 		}
 		return nil
 	})
+	if d.ctx.Err() != nil {
+		return d.ctx.Err()
+	}
 	if err != nil {
 		d.check(false, "%v", err)
-		return d.ctx.Err()
+		return nil
 	}
 	if moral != "" {
 		moral += ": "
 	}
 	broken := now.Broken + now.ClosedByServer
-	d.check(now.Moved == 0 && broken == 0 && now.Wrong == 0, "%s%s connections open, %s messages echoed, %s moved, %s broken",
-		moral, grouped(now.Live), grouped(now.Echoed-before.Echoed), grouped(now.Moved), grouped(broken))
+	d.check(now.Moved == 0 && broken == 0 && now.Wrong == 0,
+		"%s%s connections open, %s messages echoed, %s moved, %s broken", moral, grouped(now.Live),
+		grouped(now.Echoed-before.Echoed), grouped(now.Moved), grouped(broken))
 	return nil
 }

@@ -32,22 +32,31 @@ func newTeller(out io.Writer) *teller {
 	return &teller{out: out, plain: plain, began: time.Now()}
 }
 
+// ascii writes in plain text what the story is told with.
+var ascii = strings.NewReplacer("✓", "ok:", "✗", "FAILED:", "─", "-", "…", "...", "µ", "u")
+
+func (t *teller) line(text string) {
+	if t.plain {
+		text = ascii.Replace(text)
+	}
+	fmt.Fprintln(t.out, strings.TrimRight(text, " "))
+}
+
 // headline begins a chapter, at its time since the beginning.
 func (t *teller) headline(format string, args ...any) {
-	fmt.Fprintf(t.out, "\n%5.1f s  %s\n", time.Since(t.began).Seconds(), fmt.Sprintf(format, args...))
+	t.line(fmt.Sprintf("\n%5.1f s  ", time.Since(t.began).Seconds()) + fmt.Sprintf(format, args...))
 }
 
 // say writes indented lines.
 func (t *teller) say(format string, args ...any) {
 	for line := range strings.Lines(fmt.Sprintf(format, args...)) {
-		fmt.Fprintln(t.out, strings.TrimRight("         "+strings.TrimRight(line, "\n"), " "))
+		t.line("         " + strings.TrimSuffix(line, "\n"))
 	}
 }
 
 // verdict writes what was found, and whether it is as it should be.
 func (t *teller) verdict(good bool, found string) {
-	mark := map[[2]bool]string{{true, false}: "✓", {false, false}: "✗", {true, true}: "ok:", {false, true}: "FAILED:"}
-	t.say("%s %s", mark[[2]bool{good, t.plain}], found)
+	t.say("%s %s", map[bool]string{true: "✓", false: "✗"}[good], found)
 }
 
 // bar is a line of a group of bars.
@@ -70,7 +79,7 @@ func (t *teller) bars(group []bar) {
 		if sum > 0 {
 			share = 100 * float64(b.value) / float64(sum)
 		}
-		t.say("  %-*s  %-*s  %*s  %4.1f %%  %s", labels, b.label, barWidth, drawn(b.value, most, barWidth, t.plain),
+		t.say("  %-*s  %-*s  %*s  %5.1f %%  %s", labels, b.label, barWidth, drawn(b.value, most, barWidth, t.plain),
 			figures, grouped(b.value), share, b.note)
 	}
 }
@@ -98,12 +107,12 @@ func (t *teller) table(rows []row) {
 	for _, r := range rows {
 		names, values = max(names, utf8.RuneCountInString(r.name)), max(values, utf8.RuneCountInString(r.value))
 	}
-	line := strings.Repeat(map[bool]string{true: "-", false: "─"}[t.plain], names+3+values)
-	t.say("%s", line)
+	rule := strings.Repeat("─", names+3+values)
+	t.say("%s", rule)
 	for _, r := range rows {
 		t.say("%-*s   %*s", names, r.name, values, r.value)
 	}
-	t.say("%s", line)
+	t.say("%s", rule)
 }
 
 // grouped writes a number with its thousands apart: 12,345.

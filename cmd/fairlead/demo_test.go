@@ -27,16 +27,16 @@ func TestDemoBars(t *testing.T) {
 	group := []bar{{"ws1", 1000, ""}, {"ws10", 500, ""}, {"ws2", 1, "(late)"}, {"ws3", 0, ""}}
 	for plain, want := range map[bool]string{
 		true: `
-           ws1   ########################################  1,000  66.6 %
-           ws10  ####################                        500  33.3 %
-           ws2   #                                             1   0.1 %  (late)
-           ws3                                                 0   0.0 %
+           ws1   ########################################  1,000   66.6 %
+           ws10  ####################                        500   33.3 %
+           ws2   #                                             1    0.1 %  (late)
+           ws3                                                 0    0.0 %
 `,
 		false: `
-           ws1   ████████████████████████████████████████  1,000  66.6 %
-           ws10  ████████████████████                        500  33.3 %
-           ws2   ▏                                             1   0.1 %  (late)
-           ws3                                                 0   0.0 %
+           ws1   ████████████████████████████████████████  1,000   66.6 %
+           ws10  ████████████████████                        500   33.3 %
+           ws2   ▏                                             1    0.1 %  (late)
+           ws3                                                 0    0.0 %
 `,
 	} {
 		var out bytes.Buffer
@@ -50,7 +50,7 @@ func TestDemoBars(t *testing.T) {
 	}
 	var out bytes.Buffer
 	(&teller{out: &out}).bars([]bar{{"ws1", 0, ""}})
-	if want := "           ws1" + strings.Repeat(" ", 44) + "0   0.0 %\n"; out.String() != want {
+	if want := "           ws1" + strings.Repeat(" ", 44) + "0    0.0 %\n"; out.String() != want {
 		t.Errorf("bars of nothing: %q, want %q", out.String(), want)
 	}
 }
@@ -69,13 +69,16 @@ func TestDemoTable(t *testing.T) {
 }
 
 func TestDemoFigures(t *testing.T) {
-	for n, want := range map[int]string{0: "0", 999: "999", 1000: "1,000", 1234567: "1,234,567", -1: "-1", -1234: "-1,234"} {
+	for n, want := range map[int]string{
+		0: "0", 999: "999", 1000: "1,000", 1234567: "1,234,567", -1: "-1", -1234: "-1,234",
+	} {
 		if got := grouped(n); got != want {
 			t.Errorf("grouped(%d) is %q, want %q", n, got, want)
 		}
 	}
 	for d, want := range map[time.Duration]string{
-		250 * time.Microsecond: "250 µs", 2500 * time.Microsecond: "2.5 ms", 25 * time.Millisecond: "25 ms", 2500 * time.Millisecond: "2.5 s",
+		250 * time.Microsecond: "250 µs", 2500 * time.Microsecond: "2.5 ms",
+		25 * time.Millisecond: "25 ms", 2500 * time.Millisecond: "2.5 s",
 	} {
 		if got := brief(d); got != want {
 			t.Errorf("brief(%d ns) is %q, want %q", d, got, want)
@@ -179,7 +182,9 @@ func TestDemo(t *testing.T) {
 func wantNoDemo(t *testing.T, name string) {
 	t.Helper()
 	o := demoOptions{name: name}
-	for _, pattern := range []string{"/run/netns/" + o.labName() + "-*", "/run/fairlead-lab/" + o.labName(), o.pins(), o.dir()} {
+	for _, pattern := range []string{
+		"/run/netns/" + o.labName() + "-*", "/run/fairlead-lab/" + o.labName(), o.pins(), o.dir(),
+	} {
 		if left, _ := filepath.Glob(pattern); len(left) > 0 {
 			t.Errorf("left behind: %v", left)
 		}
@@ -339,7 +344,7 @@ func testDemoInterrupted(t *testing.T, program, name string) {
 	wantNoDemo(t, name)
 }
 
-// testDemoKept leaves a demo up, looks around in it as it says one may, starts the daemon again by hand, and ends it all.
+// testDemoKept leaves a demo up, looks around in it as it says one may, starts the daemon again by hand, and ends it.
 func testDemoKept(t *testing.T, program, name string) {
 	cmd := demoUntil(t, program, "demo --clean", "--keep", "--name", name)
 	if err := cmd.Wait(); err != nil {
@@ -347,7 +352,8 @@ func testDemoKept(t *testing.T, program, name string) {
 	}
 	told := fmt.Sprint(cmd.Stdout)
 	_, told, _ = strings.Cut(told, "Kept: ")
-	commands := regexp.MustCompile(`(?m)^ +(nsenter|export|kill|/run/fairlead-demo\S*)( [^|\n]*)`).FindAllStringSubmatch(told, -1)
+	pattern := regexp.MustCompile(`(?m)^ +(nsenter|export|kill|/run/fairlead-demo\S*)( [^|\n]*)`)
+	commands := pattern.FindAllStringSubmatch(told, -1)
 	if len(commands) != 9 {
 		t.Fatalf("it names %d commands:\n%s", len(commands), told)
 	}

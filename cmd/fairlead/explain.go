@@ -151,7 +151,7 @@ func (e *explanation) reason(x *maps.Explanation) {
 	case x.SlotNow.Backend == maps.NoBackend && !inTable:
 		e.say("The service has no backend that takes new connections: whatever comes is answered RST.")
 		return
-	case x.Rule == maps.RulePolicy:
+	case x.Rule == maps.RulePolicy && inTable:
 		e.say("Its backend is down: by on_backend_down: %s, %s.", x.Service.OnBackendDown, map[maps.DownPolicy]string{
 			maps.DownReset:  "packets in mid-connection are answered RST",
 			maps.DownKeep:   "it keeps its backend",
@@ -164,24 +164,27 @@ func (e *explanation) reason(x *maps.Explanation) {
 		e.reasonUnknown(x)
 	}
 	if b.Name != "" && !b.NextHop.Known {
-		e.say("The backend has no next hop (%s): packets to it are dropped until it has one%s.",
-			cmp.Or(b.NextHop.Reason, "not resolved yet"),
-			map[bool]string{true: "", false: "; a new connection tries three more slots first"}[inTable])
+		e.say("The backend has no next hop (%s): packets to it are dropped until it has one.",
+			cmp.Or(b.NextHop.Reason, "not resolved yet"))
 	}
 }
 
 func (e *explanation) reasonUnknown(x *maps.Explanation) {
-	name := x.Backend.Name
 	switch {
 	case x.Service.Leaving:
 		e.say("The service is leaving: a new connection is answered RST.")
-	case name != "" && !x.Backend.Leaving && x.Backend.NextHop.Known:
-		e.say("A new connection goes to %s.", name)
+	case x.Backend.Name == "":
+		e.say("No backend in reach: its slot's has no next hop, nor have those of the three more slots that a new " +
+			"connection tries. Its SYN is dropped.")
+	case x.Backend.ID != x.SlotNow.Backend:
+		e.say("Its slot's backend takes no new connections just now: a new one tries other slots, and goes to %s.", x.Backend.Name)
+	default:
+		e.say("A new connection goes to %s.", x.Backend.Name)
 	}
-	if x.Backend.Method.Stateless() {
-		e.say("A packet in mid-connection goes to %s too, and is noted in the connection table.", name)
-	} else if name != "" {
-		e.say("A packet in mid-connection is answered RST: %s can't forward it without an entry.", x.Backend.Method)
+	if name := x.InMidConnection.Name; name != "" {
+		e.say("A packet in mid-connection goes to %s, and is noted in the connection table.", name)
+	} else {
+		e.say("A packet in mid-connection is answered RST: its method can't forward it without an entry.")
 	}
 }
 
