@@ -35,21 +35,21 @@ static __always_inline __u32 slot_at(const struct service *service, __u32 slot)
 
 static __always_inline __u32 slot_look(const struct flow *flow, const struct service *service)
 {
-	return slot_at(service, ring_slot(flow, service));
+	return slot_at(service, slot_of(slot_hash(flow, service), service->ring_size));
 }
 
-// connection_insert puts a connection into the connection table. An entry that is to differ from its slot has its
-// exception bit first. False: there is no room, as counted.
-__noinline int connection_insert(struct flow *flow, struct half_open *from, struct service *service, __u32 state,
-				 __u32 now)
+// connection_insert puts the connection in hand into the connection table. An entry that is to differ from its slot has
+// its exception bit first. False: there is no room, as counted.
+__noinline int connection_insert(struct half_open *from, struct service *service, __u32 state, __u32 now)
 {
 	struct control_block *ctl = control_get();
 	struct bitmap_set *bits = bitmaps_get();
 	struct scratch *room = scratch_get();
 	struct connection *value, *old;
+	struct flow *flow;
 	long failed;
 
-	if (!flow || !from || !service || !ctl || !bits || !room)
+	if (!from || !service || !ctl || !bits || !room)
 		return false;
 	if (!room_left(ctl)) {
 		count_event(EVENT_TABLE_FULL);
@@ -59,6 +59,7 @@ __noinline int connection_insert(struct flow *flow, struct half_open *from, stru
 		count_event(EVENT_YOUNG_LIMITED);
 		return false;
 	}
+	flow = &room->flow;
 	value = &room->connection;
 	__builtin_memset(value, 0, sizeof(*value));
 	value->backend = from->backend;
@@ -83,7 +84,7 @@ __noinline int connection_insert(struct flow *flow, struct half_open *from, stru
 	if (old) {
 		if (old->generation == from->generation)
 			return true;
-		connection_remove(flow, old->generation);
+		connection_remove(old->generation);
 	}
 	if (flow->family == FAMILY_IPV4)
 		failed = bpf_map_update_elem(&connections4, &flow->tuple.v4, value, BPF_NOEXIST);
@@ -104,18 +105,18 @@ __noinline int connection_insert(struct flow *flow, struct half_open *from, stru
 
 // half_paired looks up the way back of a half-open connection, and whether both entries are of one kind; false: its
 // port was taken from it. The way back's tuple and value are left in the scratch room.
-__noinline int half_paired(struct flow *flow, struct half_open *half)
+__noinline int half_paired(struct half_open *half)
 {
 	struct scratch *room = scratch_get();
 	struct backend *backend;
 	struct way_back *back;
 
-	if (!flow || !half || !room)
+	if (!half || !room)
 		return false;
 	backend = backend_get(half->backend);
-	if (!backend || !reply_tuple(flow->family, backend, half->source, half->source_port, &room->port.reply))
+	if (!backend || !reply_tuple(room->flow.family, backend, half->source, half->source_port, &room->port.reply))
 		return false;
-	back = half_reply_find(flow->family, &room->port.reply, NULL);
+	back = half_reply_find(room->flow.family, &room->port.reply, NULL);
 	if (!back || back->generation != half->generation)
 		return false;
 	room->back = *back;
@@ -123,27 +124,29 @@ __noinline int half_paired(struct flow *flow, struct half_open *half)
 }
 
 // confirm lets a half-open connection into the connection table, and then takes it out of the half-open one.
-__noinline int confirm(struct flow *flow, struct half_open *half, struct service *service, __u32 state, __u32 now)
+__noinline int confirm(struct half_open *half, struct service *service, __u32 state, __u32 now)
 {
 	struct backend *backend;
 	struct scratch *room = scratch_get();
+	struct flow *flow;
 	int failed;
 
-	if (!flow || !half || !service || !room)
+	if (!half || !service || !room)
 		return false;
+	flow = &room->flow;
 	if (!use_fullnat || !half->source_port) {
-		if (!connection_insert(flow, half, service, state, now))
+		if (!connection_insert(half, service, state, now))
 			return false;
 		half_open_remove(flow->family, &flow->tuple);
 		return true;
 	}
 
 	backend = backend_get(half->backend);
-	if (!backend || !half_paired(flow, half) || !connection_insert(flow, half, service, state, now))
+	if (!backend || !half_paired(half) || !connection_insert(half, service, state, now))
 		return false;
-	failed = reply_insert(&room->port.reply, flow, &room->back, false);
+	failed = reply_insert(false);
 	if (failed && failed != -EEXIST) {
-		connection_remove(flow, half->generation);
+		connection_remove(half->generation);
 		count_event(EVENT_INSERT_FAILED);
 		return false;
 	}
@@ -229,7 +232,7 @@ static __always_inline enum verdict half_opened(struct flow *flow, struct servic
 		half->base_acknowledgement = flow->acknowledgement;
 		half->state |= HALF_ACK;
 	}
-	if (confirm(flow, half, service, state, now) && flow->flags & TCP_FIN) {
+	if (confirm(half, service, state, now) && flow->flags & TCP_FIN) {
 		conn = connection_find(flow->family, &flow->tuple, flow->hash);
 		if (conn)
 			track_client(ctl, bits, conn, flow, now);
@@ -243,7 +246,7 @@ static __always_inline bool takes_new(const struct backend *backend)
 }
 
 // opening is a SYN of a connection nobody knows.
-__noinline int opening(struct flow *flow, struct service *service, struct choice *choice)
+__noinline int opening(struct service *service, struct choice *choice)
 {
 	__u32 now = clock_now();
 	struct control_block *ctl = control_get();
@@ -251,26 +254,25 @@ __noinline int opening(struct flow *flow, struct service *service, struct choice
 	struct backend *backend = NULL;
 	struct scratch *room = scratch_get();
 	struct half_open *half;
+	struct flow *flow;
 	bool any = false;
-	__u64 hash;
+	__u64 hash, own;
 
-	if (!flow || !service || !choice || !ctl || !bits || !room)
+	if (!service || !choice || !ctl || !bits || !room)
 		return DROP_NO_RING;
+	flow = &room->flow;
 	half = &room->half;
 	__builtin_memset(half, 0, sizeof(*half));
 	fresh_clear(ctl, bits, flow->hash);
 	if (service->flags & SERVICE_LEAVING)
 		return RESET_LEAVING;
-	hash = flow->hash;
+	hash = own = slot_hash(flow, service);
 	for (int i = 0; i < NEW_TRIES; i++) {
 		__u32 word;
 
-		if (i == 0) {
-			word = slot_look(flow, service);
-		} else {
+		if (i > 0)
 			hash = hash_finish(hash + i);
-			word = slot_at(service, slot_of(hash, service->ring_size));
-		}
+		word = slot_at(service, slot_of(hash, service->ring_size));
 		if (word == SLOT_ABSENT)
 			return DROP_NO_RING;
 		half->backend = word & SLOT_BACKEND;
@@ -296,19 +298,19 @@ __noinline int opening(struct flow *flow, struct service *service, struct choice
 			count_event(EVENT_TABLE_FULL);
 			return RESET_TABLE_FULL;
 		}
-		if (!port_take(backend, flow->hash >> 20, now, &room->port))
+		if (!port_take(backend, flow->hash >> 20, now))
 			return RESET_NO_PORT;
 		__builtin_memset(&room->back, 0, sizeof(room->back));
 		room->back.generation = half->generation;
 		room->back.first = now;
 		room->back.pool = room->port.pool;
-		if (reply_insert(&room->port.reply, flow, &room->back, true))
+		if (reply_insert(true))
 			return RESET_TABLE_FULL;
 		half->source = room->port.source;
 		half->source_port = room->port.port;
 	}
 	// Another slot's backend: an entry that differs from its own slot has its exception bit first.
-	if (hash != flow->hash)
+	if (hash != own)
 		exception_note(ctl, bits, flow->hash);
 	if (flow->family == FAMILY_IPV4)
 		bpf_map_update_elem(&half_open4, &flow->tuple.v4, half, BPF_ANY);
@@ -340,16 +342,18 @@ static __always_inline bool adoption_allowed(__u32 now)
 }
 
 // unknown is a packet in mid-connection that no table knows: the ring decides, where its method can do without more.
-__noinline int unknown(struct flow *flow, struct service *service, struct choice *choice)
+__noinline int unknown(struct service *service, struct choice *choice)
 {
 	__u32 now = clock_now();
 	struct scratch *room = scratch_get();
 	struct half_open *as;
+	struct flow *flow;
 	struct backend *backend;
 	__u32 word;
 
-	if (!flow || !service || !choice || !room)
+	if (!service || !choice || !room)
 		return DROP_NO_RING;
+	flow = &room->flow;
 	word = slot_look(flow, service);
 	if (word == SLOT_ABSENT)
 		return DROP_NO_RING;
@@ -373,8 +377,7 @@ __noinline int unknown(struct flow *flow, struct service *service, struct choice
 	as->first = now;
 	as->client_sequence[1] = flow->sequence_end;
 	as->hop = flow->from;
-	return connection_insert(flow, as, service, STATE_STATELESS | STATE_YOUNG, now) ? FORWARD_ADOPTED
-											: FORWARD_UNKNOWN;
+	return connection_insert(as, service, STATE_STATELESS | STATE_YOUNG, now) ? FORWARD_ADOPTED : FORWARD_UNKNOWN;
 }
 
 // backend_lost is a packet of a connection whose backend is down: the service's policy decides.
@@ -400,15 +403,18 @@ static __always_inline enum verdict backend_lost(struct flow *flow, struct servi
 // by_tables asks the connection table, then the half-open one. An entry whose backend is down gives way to a newer
 // half-open one, and to a SYN; else the service's policy for backends that are down is what is left. NOT_IN_TABLES: the
 // ring has to decide.
-__noinline int by_tables(struct flow *flow, struct service *service, struct choice *choice)
+__noinline int by_tables(struct service *service, struct choice *choice)
 {
 	__u32 now = clock_now();
+	struct scratch *room = scratch_get();
 	struct connection *conn;
 	struct backend *backend;
 	struct half_open *half;
+	struct flow *flow;
 
-	if (!flow || !service || !choice)
+	if (!service || !choice || !room)
 		return DROP_NO_RING;
+	flow = &room->flow;
 	conn = connection_find(flow->family, &flow->tuple, flow->hash);
 	if (conn) {
 		backend = backend_get(conn->backend);
@@ -418,8 +424,7 @@ __noinline int by_tables(struct flow *flow, struct service *service, struct choi
 	half = half_open_find(flow->family, &flow->tuple, flow->hash, now);
 	if (half) {
 		backend = backend_get(half->backend);
-		if (backend && backend->flags & BACKEND_UP &&
-		    (!use_fullnat || !half->source_port || half_paired(flow, half)))
+		if (backend && backend->flags & BACKEND_UP && (!use_fullnat || !half->source_port || half_paired(half)))
 			return half_opened(flow, service, half, now, choice);
 	}
 	if (conn && !(flow->flags & TCP_SYN))
@@ -429,7 +434,7 @@ __noinline int by_tables(struct flow *flow, struct service *service, struct choi
 
 static __always_inline enum verdict choose(struct packet *pkt, struct service *service, struct choice *choice)
 {
-	struct flow *flow = &pkt->flow;
+	struct flow *flow = pkt->flow;
 	struct control_block *ctl = control_get();
 	struct bitmap_set *bits = bitmaps_get();
 	struct backend *backend;
@@ -450,10 +455,10 @@ static __always_inline enum verdict choose(struct packet *pkt, struct service *s
 				return FORWARD_RING;
 		}
 	}
-	verdict = by_tables(flow, service, choice);
+	verdict = by_tables(service, choice);
 	if (verdict != NOT_IN_TABLES)
 		return verdict;
 	if (flow->flags & TCP_SYN)
-		return opening(flow, service, choice);
-	return unknown(flow, service, choice);
+		return opening(service, choice);
+	return unknown(service, choice);
 }

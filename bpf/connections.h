@@ -9,13 +9,6 @@
 #include "maps.h"
 #include "packet.h"
 
-static __always_inline struct scratch *scratch_get(void)
-{
-	__u32 zero = 0;
-
-	return bpf_map_lookup_elem(&scratch, &zero);
-}
-
 // By family: a map of each kind.
 #define BY_FAMILY(family, tuple, map4, map6, call, ...)                                                                \
 	((family) == FAMILY_IPV4 ? call(&map4, &(tuple)->v4, ##__VA_ARGS__) : call(&map6, &(tuple)->v6, ##__VA_ARGS__))
@@ -70,21 +63,24 @@ static __always_inline struct way_back *half_reply_find(__u8 family, const union
 	REPLY_LOOK_UP(reply6, half_replies6, v6);
 }
 
-// reply_insert answers as bpf_map_update_elem does. (Global for its stack, which its callers need not share.)
-__noinline int reply_insert(union tuple *reply, struct flow *client, struct way_back *back, __u32 half)
+// reply_insert puts the way back of the flow in hand, key and value as they are in the scratch room. It answers as
+// bpf_map_update_elem does.
+__noinline int reply_insert(__u32 half)
 {
-	if (!reply || !client || !back)
+	struct scratch *room = scratch_get();
+
+	if (!room)
 		return -EINVAL;
-	if (client->family == FAMILY_IPV4) {
-		struct reply4 value = {.back = *back, .client = client->tuple.v4};
+	if (room->flow.family == FAMILY_IPV4) {
+		struct reply4 value = {.back = room->back, .client = room->flow.tuple.v4};
 
-		return half ? bpf_map_update_elem(&half_replies4, &reply->v4, &value, BPF_ANY)
-			    : bpf_map_update_elem(&replies4, &reply->v4, &value, BPF_NOEXIST);
+		return half ? bpf_map_update_elem(&half_replies4, &room->port.reply.v4, &value, BPF_ANY)
+			    : bpf_map_update_elem(&replies4, &room->port.reply.v4, &value, BPF_NOEXIST);
 	}
-	struct reply6 value = {.back = *back, .client = client->tuple.v6};
+	struct reply6 value = {.back = room->back, .client = room->flow.tuple.v6};
 
-	return half ? bpf_map_update_elem(&half_replies6, &reply->v6, &value, BPF_ANY)
-		    : bpf_map_update_elem(&replies6, &reply->v6, &value, BPF_NOEXIST);
+	return half ? bpf_map_update_elem(&half_replies6, &room->port.reply.v6, &value, BPF_ANY)
+		    : bpf_map_update_elem(&replies6, &room->port.reply.v6, &value, BPF_NOEXIST);
 }
 
 // reply_tuple is the tuple of the packets that the backend sends back to a source address and port.
@@ -137,11 +133,13 @@ static __always_inline bool room_left(const struct control_block *ctl)
 	return ctl->connections < (__s64)connection_capacity;
 }
 
-// connection_remove takes out the entry of this generation and its way back, and gives the source port back to its
-// queue. The way back goes before that: until the port is in its queue again, nobody can be given it.
-__noinline int connection_remove(struct flow *client, __u32 generation)
+// connection_remove takes out the entry of the flow in hand, if it is of this generation, and its way back, and gives
+// the source port back to its queue. The way back goes before that: until the port is in its queue again, nobody can be
+// given it.
+__noinline int connection_remove(__u32 generation)
 {
 	struct scratch *room = scratch_get();
+	struct flow *client;
 	struct connection *conn;
 	struct control_block *ctl = control_get();
 	struct backend *backend;
@@ -150,8 +148,9 @@ __noinline int connection_remove(struct flow *client, __u32 generation)
 	__be16 port;
 	void *queue;
 
-	if (!client || !ctl || !room)
+	if (!ctl || !room)
 		return 0;
+	client = &room->flow;
 	conn = connection_find(client->family, &client->tuple, client->hash);
 	if (!conn || conn->generation != generation)
 		return 0;
@@ -169,14 +168,14 @@ __noinline int connection_remove(struct flow *client, __u32 generation)
 		return 1;
 
 	backend = bpf_map_lookup_elem(&backends, &id);
-	if (!backend || !reply_tuple(client->family, backend, source, port, &room->reply))
+	if (!backend || !reply_tuple(client->family, backend, source, port, &room->removed))
 		return 1;
-	back = reply_find(client->family, &room->reply, NULL);
+	back = reply_find(client->family, &room->removed, NULL);
 	if (!back || back->generation != generation)
 		return 1;
 	pool = back->pool;
 	token = __sync_lock_test_and_set(&back->token, TOKEN_GONE);
-	BY_FAMILY(client->family, &room->reply, replies4, replies6, bpf_map_delete_elem);
+	BY_FAMILY(client->family, &room->removed, replies4, replies6, bpf_map_delete_elem);
 	if (token != TOKEN_OUT)
 		return 1;
 	number = bpf_ntohs(port);

@@ -18,13 +18,13 @@ char LICENSE[] SEC("license") = "Dual BSD/GPL";
 static __always_inline int refuse(struct packet *pkt, struct service *service, enum verdict verdict)
 {
 	// RST is never answered with RST.
-	if (verdict >= RESET_UNKNOWN && verdict <= RESET_LEAVING && pkt->flow.flags & TCP_RST)
+	if (verdict >= RESET_UNKNOWN && verdict <= RESET_LEAVING && pkt->flow->flags & TCP_RST)
 		verdict = DROP_UNKNOWN_RST;
 	count_verdict(verdict);
 	count_refused(traffic_of_service(service->id));
 	if (verdict >= DROP_TRUNCATED)
 		return XDP_DROP;
-	return reset_answer(pkt->ctx, &pkt->flow);
+	return reset_answer(pkt->ctx);
 }
 
 // forward is step 5: what every method asks first, then the method's own part.
@@ -62,23 +62,20 @@ static __always_inline int client_way(struct packet *pkt, struct service *servic
 	verdict = parse_tcp(pkt);
 	if (verdict != PASS_NOT_OURS)
 		return refuse(pkt, service, verdict);
-	pkt->flow.hash = hash_tuple(&pkt->flow);
+	pkt->flow->hash = hash_tuple(pkt->flow);
 	verdict = choose(pkt, service, &choice);
 	if (verdict >= RESET_UNKNOWN)
 		return refuse(pkt, service, verdict);
 	return forward(pkt, service, &choice, verdict);
 }
 
-static __always_inline int reply_way(struct packet *pkt)
+static __always_inline int reply_way(struct packet *pkt, struct scratch *room)
 {
-	struct scratch *room = scratch_get();
 	enum verdict verdict;
 
-	if (!room)
-		return XDP_ABORTED;
 	verdict = parse_tcp(pkt);
 	if (verdict == PASS_NOT_OURS)
-		verdict = reply_choose(&pkt->flow);
+		verdict = reply_choose();
 	if (verdict < DROP_TRUNCATED && verdict != PASS_REPLY_UNKNOWN && !ttl_decrement(pkt))
 		verdict = DROP_TTL;
 	count_verdict(verdict);
@@ -94,9 +91,13 @@ static __always_inline int reply_way(struct packet *pkt)
 SEC("xdp")
 int fairlead(struct xdp_md *ctx)
 {
+	struct scratch *room = scratch_get();
 	struct packet pkt = {.ctx = ctx};
 	struct service *service;
 
+	if (!room)
+		return XDP_ABORTED;
+	pkt.flow = &room->flow;
 	switch (parse(&pkt)) {
 	case PARSED_OURS_MAYBE:
 		break;
@@ -107,11 +108,11 @@ int fairlead(struct xdp_md *ctx)
 		count_verdict(PASS_NOT_OURS);
 		return XDP_PASS;
 	}
-	service = service_find(&pkt.flow);
+	service = service_find(&room->flow);
 	if (service)
 		return client_way(&pkt, service);
-	if (use_fullnat && reply_is_ours(&pkt.flow))
-		return reply_way(&pkt);
+	if (use_fullnat && reply_is_ours(&room->flow))
+		return reply_way(&pkt, room);
 	count_verdict(PASS_NOT_OURS);
 	return XDP_PASS;
 }

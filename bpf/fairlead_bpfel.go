@@ -243,7 +243,24 @@ const (
 )
 
 type FairleadScratch struct {
-	_          structs.HostLayout
+	_    structs.HostLayout
+	Flow struct {
+		_     structs.HostLayout
+		Hash  uint64
+		Tuple struct {
+			_  structs.HostLayout
+			V4 FairleadTuple4
+			_  [24]byte
+		}
+		Sequence        uint32
+		SequenceEnd     uint32
+		Acknowledgement uint32
+		Family          uint8
+		Protocol        uint8
+		Flags           uint8
+		Pad             uint8
+		From            FairleadHop
+	}
 	Connection FairleadConnection
 	Half       FairleadHalfOpen
 	Port       struct {
@@ -258,8 +275,8 @@ type FairleadScratch struct {
 			_  [24]byte
 		}
 	}
-	Back  FairleadWayBack
-	Reply struct {
+	Back    FairleadWayBack
+	Removed struct {
 		_  structs.HostLayout
 		V4 FairleadTuple4
 		_  [24]byte
@@ -275,6 +292,7 @@ type FairleadScratch struct {
 		Backend uint32
 		Service uint32
 	}
+	_ [4]byte
 }
 
 type FairleadService struct {

@@ -8,7 +8,7 @@
 // rewrite replaces addresses and ports and mends the checksums of IP and TCP.
 static __always_inline void rewrite4(struct packet *pkt, const struct tuple4 *to)
 {
-	const struct tuple4 *from = &pkt->flow.tuple.v4;
+	const struct tuple4 *from = &pkt->flow->tuple.v4;
 	struct iphdr *ip = pkt->ip.v4;
 	struct tcphdr *tcp = pkt->tcp;
 	__u64 addresses, sum;
@@ -28,7 +28,7 @@ static __always_inline void rewrite4(struct packet *pkt, const struct tuple4 *to
 
 static __always_inline void rewrite6(struct packet *pkt, const struct tuple6 *to)
 {
-	const struct tuple6 *from = &pkt->flow.tuple.v6;
+	const struct tuple6 *from = &pkt->flow->tuple.v6;
 	struct ipv6hdr *ip = pkt->ip.v6;
 	struct tcphdr *tcp = pkt->tcp;
 	__u64 sum = checksum_start(tcp->check);

@@ -95,3 +95,10 @@ MAP(BPF_MAP_TYPE_PERCPU_ARRAY, generations, __u32, __u32, 1, 0);
 MAP(BPF_MAP_TYPE_PERCPU_ARRAY, counters, __u32, struct counter_set, 1, 0);
 MAP(BPF_MAP_TYPE_PERCPU_ARRAY, service_traffic, __u32, struct traffic, MAX_SERVICES, 0);
 MAP(BPF_MAP_TYPE_PERCPU_ARRAY, backend_traffic, __u32, struct traffic, MAX_BACKENDS, 0);
+
+static __always_inline struct scratch *scratch_get(void)
+{
+	__u32 zero = 0;
+
+	return bpf_map_lookup_elem(&scratch, &zero);
+}

@@ -29,20 +29,6 @@ enum tcp_flag {
 	TCP_ACK = 0x10,
 };
 
-// flow is what the tables are asked with: plain values, so that functions verified by themselves can take it.
-struct flow {
-	__u64 hash;	   // of the client's tuple
-	union tuple tuple; // as on the wire
-	__u32 sequence;
-	__u32 sequence_end; // behind the payload, and behind a FIN or SYN
-	__u32 acknowledgement;
-	__u8 family;
-	__u8 protocol;
-	__u8 flags; // of TCP
-	__u8 pad;
-	struct hop from; // the way back
-};
-
 // The family fills a word of its own: the verifier follows a constant through the stack only then, and so knows which
 // of the two IP headers is there.
 struct packet {
@@ -60,7 +46,7 @@ struct packet {
 	__u32 l4_length; // bytes from the TCP header to the packet's end, as the IP header says
 	__u32 length;	 // of the frame
 	bool first_fragment;
-	struct flow flow;
+	struct flow *flow; // in the scratch room
 };
 
 enum parsed {
@@ -106,12 +92,12 @@ static __always_inline enum parsed parse_ipv4(struct packet *pkt, void *l3)
 	}
 	total = bpf_ntohs(ip->tot_len);
 	pkt->ip.v4 = ip;
-	pkt->family = pkt->flow.family = FAMILY_IPV4;
-	pkt->flow.protocol = IPPROTO_TCP;
+	pkt->family = pkt->flow->family = FAMILY_IPV4;
+	pkt->flow->protocol = IPPROTO_TCP;
 	pkt->l4_length = total > header ? total - header : 0;
-	pkt->flow.tuple.v4.saddr = ip->saddr;
-	pkt->flow.tuple.v4.daddr = ip->daddr;
-	if (!parse_ports(pkt, l3 + header, &pkt->flow.tuple.v4.sport, &pkt->flow.tuple.v4.dport))
+	pkt->flow->tuple.v4.saddr = ip->saddr;
+	pkt->flow->tuple.v4.daddr = ip->daddr;
+	if (!parse_ports(pkt, l3 + header, &pkt->flow->tuple.v4.sport, &pkt->flow->tuple.v4.dport))
 		return PARSED_NOT_OURS;
 	return PARSED_OURS_MAYBE;
 }
@@ -146,11 +132,14 @@ static __always_inline enum parsed parse_ipv6(struct packet *pkt, void *l3)
 		length = 8;
 		if (next != IPPROTO_FRAGMENT) {
 			length += ext->length * 8;
+			// With segments left, the packet is on its way to another address (RFC 8200, section 4.4).
+			if (next == IPPROTO_ROUTING && ((__u8 *)&ext->fragment)[1])
+				return PARSED_NOT_OURS;
 		} else {
 			// An atomic fragment, offset 0 and no more, is a whole packet (RFC 6946).
 			if (ext->fragment & bpf_htons(IPV6_OFFSET))
 				return PARSED_LATER_FRAGMENT;
-			pkt->first_fragment = (ext->fragment & bpf_htons(IPV6_MORE)) != 0;
+			pkt->first_fragment |= (ext->fragment & bpf_htons(IPV6_MORE)) != 0;
 		}
 		next = ext->next;
 		skipped += length;
@@ -160,12 +149,12 @@ static __always_inline enum parsed parse_ipv6(struct packet *pkt, void *l3)
 		return PARSED_NOT_OURS;
 	payload = bpf_ntohs(ip->payload_len);
 	pkt->ip.v6 = ip;
-	pkt->family = pkt->flow.family = FAMILY_IPV6;
-	pkt->flow.protocol = IPPROTO_TCP;
+	pkt->family = pkt->flow->family = FAMILY_IPV6;
+	pkt->flow->protocol = IPPROTO_TCP;
 	pkt->l4_length = payload > skipped ? payload - skipped : 0;
-	__builtin_memcpy(pkt->flow.tuple.v6.saddr, &ip->saddr, sizeof(pkt->flow.tuple.v6.saddr));
-	__builtin_memcpy(pkt->flow.tuple.v6.daddr, &ip->daddr, sizeof(pkt->flow.tuple.v6.daddr));
-	if (!parse_ports(pkt, at, &pkt->flow.tuple.v6.sport, &pkt->flow.tuple.v6.dport))
+	__builtin_memcpy(pkt->flow->tuple.v6.saddr, &ip->saddr, sizeof(pkt->flow->tuple.v6.saddr));
+	__builtin_memcpy(pkt->flow->tuple.v6.daddr, &ip->daddr, sizeof(pkt->flow->tuple.v6.daddr));
+	if (!parse_ports(pkt, at, &pkt->flow->tuple.v6.sport, &pkt->flow->tuple.v6.dport))
 		return PARSED_NOT_OURS;
 	return PARSED_OURS_MAYBE;
 }
@@ -203,13 +192,14 @@ static __always_inline enum verdict parse_tcp(struct packet *pkt)
 	if ((void *)tcp - (void *)pkt->eth + pkt->l4_length > pkt->length)
 		return DROP_TRUNCATED;
 	payload = pkt->l4_length - header;
-	pkt->flow.flags = ((__u8 *)tcp)[13];
-	pkt->flow.sequence = bpf_ntohl(tcp->seq);
-	pkt->flow.acknowledgement = bpf_ntohl(tcp->ack_seq);
-	pkt->flow.sequence_end =
-		pkt->flow.sequence + payload + !!(pkt->flow.flags & TCP_SYN) + !!(pkt->flow.flags & TCP_FIN);
-	__builtin_memcpy(pkt->flow.from.mac, pkt->eth->h_source, ETH_ALEN);
-	__builtin_memcpy(pkt->flow.from.source_mac, pkt->eth->h_dest, ETH_ALEN);
-	pkt->flow.from.ifindex = pkt->ctx->ingress_ifindex;
+	pkt->flow->flags = ((__u8 *)tcp)[13];
+	pkt->flow->sequence = bpf_ntohl(tcp->seq);
+	pkt->flow->acknowledgement = bpf_ntohl(tcp->ack_seq);
+	pkt->flow->sequence_end =
+		pkt->flow->sequence + payload + !!(pkt->flow->flags & TCP_SYN) + !!(pkt->flow->flags & TCP_FIN);
+	__builtin_memcpy(pkt->flow->from.mac, pkt->eth->h_source, ETH_ALEN);
+	__builtin_memcpy(pkt->flow->from.source_mac, pkt->eth->h_dest, ETH_ALEN);
+	pkt->flow->from.ifindex = pkt->ctx->ingress_ifindex;
+	pkt->flow->from.vlan[0] = pkt->flow->from.vlan[1] = 0;
 	return PASS_NOT_OURS;
 }

@@ -25,49 +25,59 @@ enum port_use {
 	PORT_BUSY, // in the middle of being removed
 };
 
-// port_use looks at what became of a number of the queue of ports handed out. A connection's token leaves that queue
-// here; PORT_CONFIRMED means that it must not be put back.
-__noinline int port_use(struct backend *backend, __u32 source, __u32 number, __u32 now, union tuple *reply)
+// port_use looks at what became of a number of the queue of ports handed out, and leaves its tuple in the scratch room.
+// A connection's token leaves that queue here; PORT_CONFIRMED means that it must not be put back.
+__noinline int port_use(struct backend *backend, __u32 source, __u32 number, __u32 now)
 {
+	struct scratch *room = scratch_get();
 	struct way_back *back;
 
-	if (!backend || !reply || !reply_tuple(backend->family, backend, source, bpf_htons(number), reply))
+	if (!backend || !room || !reply_tuple(backend->family, backend, source, bpf_htons(number), &room->port.reply))
 		return PORT_BUSY;
-	back = reply_find(backend->family, reply, NULL);
+	back = reply_find(backend->family, &room->port.reply, NULL);
 	if (back) {
 		if (__sync_val_compare_and_swap(&back->token, TOKEN_QUEUED, TOKEN_OUT) == TOKEN_QUEUED)
 			return PORT_CONFIRMED;
 		return PORT_BUSY;
 	}
-	back = half_reply_find(backend->family, reply, NULL);
+	back = half_reply_find(backend->family, &room->port.reply, NULL);
 	if (!back || now - back->first >= half_open_life)
 		return PORT_FREE;
 	return now - back->first < PORT_HANDSHAKE ? PORT_HALF_OPEN_YOUNG : PORT_HALF_OPEN_OLD;
 }
 
-// ports_look_after takes confirmed ports out of the queue of those handed out and brings forgotten ones home. Its head
-// is the oldest: at a young one the looking ends.
+// port_head_young tells whether the oldest of the ports handed out is of a half-open connection that is young: then all
+// behind it are.
+__noinline int port_head_young(struct backend *backend, __u32 pool_id, __u32 now)
+{
+	struct pool *pool = bpf_map_lookup_elem(&pools, &pool_id);
+	void *out = ports_of(pool_id, PORTS_HANDED_OUT);
+	struct scratch *room = scratch_get();
+	struct way_back *back;
+	__u32 number;
+
+	if (!backend || !pool || !out || !room || bpf_map_peek_elem(out, &number) ||
+	    !reply_tuple(backend->family, backend, pool->source, bpf_htons(number), &room->port.reply))
+		return false;
+	back = half_reply_find(backend->family, &room->port.reply, NULL);
+	return back && now - back->first < PORT_HANDSHAKE;
+}
+
+// ports_look_after takes confirmed ports out of the queue of those handed out and brings forgotten ones home.
 __noinline int ports_look_after(struct backend *backend, __u32 pool_id, __u32 now)
 {
 	struct pool *pool = bpf_map_lookup_elem(&pools, &pool_id);
 	void *unused = ports_of(pool_id, PORTS_UNUSED), *out = ports_of(pool_id, PORTS_HANDED_OUT);
-	struct scratch *room = scratch_get();
 	__u32 number;
 
-	if (!backend || !pool || !unused || !out || !room)
+	if (!backend || !pool || !unused || !out)
 		return 0;
 	for (int i = 0; i < PORT_LOOKS; i++) {
-		if (bpf_map_peek_elem(out, &number))
+		// Another CPU may take the head between the look and the pop: what was popped counts, not what was
+		// seen.
+		if (port_head_young(backend, pool_id, now) || bpf_map_pop_elem(out, &number))
 			return 0;
-		struct way_back *back = NULL;
-		if (reply_tuple(backend->family, backend, pool->source, bpf_htons(number), &room->reply))
-			back = half_reply_find(backend->family, &room->reply, NULL);
-		if (back && now - back->first < PORT_HANDSHAKE)
-			return 0;
-		// Another CPU may have taken the head since: what was popped counts, not what was seen.
-		if (bpf_map_pop_elem(out, &number))
-			return 0;
-		switch (port_use(backend, pool->source, number, now, &room->reply)) {
+		switch (port_use(backend, pool->source, number, now)) {
 		case PORT_CONFIRMED:
 			break;
 		case PORT_FREE:
@@ -86,52 +96,54 @@ enum port_try {
 	PORT_TRY_AGAIN,
 };
 
-static __always_inline int port_chosen(struct port_choice *choice, __u32 pool_id, struct pool *pool, __u32 number)
+// port_chosen leaves the choice in the scratch room.
+static __always_inline int port_chosen(struct backend *backend, __u32 pool_id, struct pool *pool, __u32 number)
 {
-	choice->pool = pool_id;
-	choice->source = pool->source;
-	choice->port = bpf_htons(number);
+	struct scratch *room = scratch_get();
+
+	if (!room || !reply_tuple(backend->family, backend, pool->source, bpf_htons(number), &room->port.reply))
+		return PORT_NONE_HERE;
+	room->port.pool = pool_id;
+	room->port.source = pool->source;
+	room->port.port = bpf_htons(number);
 	return PORT_TAKEN;
 }
 
 // port_try_unused takes a pool's port that was unused for longest.
-__noinline int port_try_unused(struct backend *backend, __u32 pool_id, __u32 now, struct port_choice *choice)
+__noinline int port_try_unused(struct backend *backend, __u32 pool_id, __u32 now)
 {
 	struct pool *pool = bpf_map_lookup_elem(&pools, &pool_id);
 	void *unused = ports_of(pool_id, PORTS_UNUSED), *out = ports_of(pool_id, PORTS_HANDED_OUT);
 	__u32 number;
 
-	if (!backend || !choice || !pool || !unused || !out)
+	if (!backend || !pool || !unused || !out)
 		return PORT_NONE_HERE;
 	ports_look_after(backend, pool_id, now);
 	if (bpf_map_pop_elem(unused, &number))
 		return PORT_NONE_HERE;
 	bpf_map_push_elem(out, &number, 0);
-	if (!reply_tuple(backend->family, backend, pool->source, bpf_htons(number), &choice->reply))
-		return PORT_NONE_HERE;
-	return port_chosen(choice, pool_id, pool, number);
+	return port_chosen(backend, pool_id, pool, number);
 }
 
 // port_try_half_open takes a port from the oldest half-open connection of a pool.
-__noinline int port_try_half_open(struct backend *backend, __u32 pool_id, __u32 now, __u32 patient,
-				  struct port_choice *choice)
+__noinline int port_try_half_open(struct backend *backend, __u32 pool_id, __u32 now)
 {
 	struct pool *pool = bpf_map_lookup_elem(&pools, &pool_id);
 	void *out = ports_of(pool_id, PORTS_HANDED_OUT);
 	__u32 number;
 	int use;
 
-	if (!backend || !choice || !pool || !out || bpf_map_pop_elem(out, &number))
+	if (!backend || !pool || !out || bpf_map_pop_elem(out, &number))
 		return PORT_NONE_HERE;
-	use = port_use(backend, pool->source, number, now, &choice->reply);
+	use = port_use(backend, pool->source, number, now);
 	if (use == PORT_CONFIRMED)
 		return PORT_TRY_AGAIN;
 	bpf_map_push_elem(out, &number, 0);
-	if (use == PORT_BUSY || (use == PORT_HALF_OPEN_YOUNG && patient))
+	if (use == PORT_BUSY)
 		return PORT_TRY_AGAIN;
 	if (use != PORT_FREE)
 		count_event(EVENT_PORT_STOLEN);
-	return port_chosen(choice, pool_id, pool, number);
+	return port_chosen(backend, pool_id, pool, number);
 }
 
 static __always_inline __u32 pool_at(const struct backend *backend, __u32 place)
@@ -139,13 +151,14 @@ static __always_inline __u32 pool_at(const struct backend *backend, __u32 place)
 	return backend->pools[place & (MAX_POOLS_A_BACKEND - 1)];
 }
 
-// port_take chooses a source port towards a backend: first among the unused ones, pool after pool, the client's own
-// choice of pool first; then from half-open connections. False: all are in use.
-__noinline int port_take(struct backend *backend, __u64 hash, __u32 now, struct port_choice *choice)
+// port_take chooses a source port towards a backend and leaves it in the scratch room: first among the unused ones,
+// pool after pool, the client's own choice of pool first; then from half-open connections, in pools whose oldest has
+// had its time if there is one. False: all are in use.
+__noinline int port_take(struct backend *backend, __u64 hash, __u32 now)
 {
 	__u32 pool_count, place;
 
-	if (!backend || !choice)
+	if (!backend)
 		return false;
 	pool_count = backend->pool_count;
 	if (!pool_count || pool_count > MAX_POOLS_A_BACKEND)
@@ -154,14 +167,15 @@ __noinline int port_take(struct backend *backend, __u64 hash, __u32 now, struct 
 	for (__u32 i = 0; i < MAX_POOLS_A_BACKEND; i++) {
 		if (i >= pool_count)
 			break;
-		if (port_try_unused(backend, pool_at(backend, (place + i) % pool_count), now, choice) == PORT_TAKEN)
+		if (port_try_unused(backend, pool_at(backend, (place + i) % pool_count), now) == PORT_TAKEN)
 			return true;
 	}
 	for (__u32 i = 0; i < PORT_TRIES; i++) {
-		__u32 patient = i < PORT_TRIES / 2;
+		__u32 pool_id = pool_at(backend, (place + i) % pool_count);
 
-		if (port_try_half_open(backend, pool_at(backend, (place + i) % pool_count), now, patient, choice) ==
-		    PORT_TAKEN)
+		if (i < pool_count && port_head_young(backend, pool_id, now))
+			continue;
+		if (port_try_half_open(backend, pool_id, now) == PORT_TAKEN)
 			return true;
 	}
 	return false;

@@ -39,7 +39,7 @@ static __always_inline __u64 hash_of_client(const struct flow *flow, const union
 }
 
 // reply_choose leaves its choice in the scratch room.
-__noinline int reply_choose(struct flow *flow)
+__noinline int reply_choose(void)
 {
 	struct scratch *room = scratch_get();
 	struct reply_choice *choice;
@@ -49,16 +49,20 @@ __noinline int reply_choose(struct flow *flow)
 	struct connection *conn;
 	struct half_open *half;
 	struct way_back *back;
+	struct flow *flow;
 	__u64 hash = 0;
 
-	if (!flow || !room || !ctl || !bits)
+	if (!room || !ctl || !bits)
 		return PASS_REPLY_UNKNOWN;
+	flow = &room->flow;
 	choice = &room->reply_choice;
 	back = reply_find(flow->family, &flow->tuple, &choice->client);
 	if (back) {
 		conn = BY_FAMILY(flow->family, &choice->client, connections4, connections6, bpf_map_lookup_elem);
 		if (conn && conn->generation == back->generation) {
-			if (!(flow->flags & TCP_SYN)) {
+			if (flow->flags & TCP_SYN) {
+				reborn(conn, flow);
+			} else {
 				if (flow->flags & (TCP_FIN | TCP_RST) || conn->state)
 					hash = hash_of_client(flow, &choice->client);
 				track_backend(ctl, bits, conn, flow, hash, now);

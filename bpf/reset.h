@@ -33,16 +33,19 @@ static __always_inline __u64 sum_words(__u64 sum, const __u32 *words, int count)
 	return sum;
 }
 
-// reset_answer answers a client's packet. Pointers into the packet end here.
-__noinline int reset_answer(struct xdp_md *ctx, struct flow *of)
+// reset_answer answers the client's packet in hand. Pointers into the packet end here.
+__noinline int reset_answer(struct xdp_md *ctx)
 {
+	struct scratch *room = scratch_get();
 	struct reset_numbers numbers;
+	struct flow *of;
 	__u32 length = ctx->data_end - ctx->data, headers, target;
 	union tuple tuple;
 	__u8 family;
 
-	if (!of)
+	if (!room)
 		return XDP_DROP;
+	of = &room->flow;
 	family = of->family;
 	tuple = of->tuple;
 	headers = sizeof(struct ethhdr) + sizeof(struct tcphdr) +

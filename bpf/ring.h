@@ -24,14 +24,12 @@ static __always_inline struct service *service_find(const struct flow *flow)
 	return bpf_map_lookup_elem(&services6, &key);
 }
 
-// ring_slot is the slot of the client's packet: in affinity by client, all of a client's connections share one.
-static __always_inline __u32 ring_slot(const struct flow *flow, const struct service *service)
+// slot_hash is what chooses the slot: in affinity by client, all of a client's connections share one.
+static __always_inline __u64 slot_hash(const struct flow *flow, const struct service *service)
 {
-	__u64 hash = flow->hash;
-
 	if (use_affinity_client && service->flags & SERVICE_AFFINITY_CLIENT)
-		hash = hash_client(flow);
-	return slot_of(hash, service->ring_size);
+		return hash_client(flow);
+	return flow->hash;
 }
 
 static __always_inline __u32 *ring_entry(const struct service *service, __u32 slot)

@@ -18,7 +18,7 @@ static __always_inline __u32 tend_connection(struct tend_record *record, struct 
 	if (conn->seen != record->seen)
 		return TEND_CHANGED;
 	if (record->what == TEND_REMOVE)
-		return connection_remove(client, record->generation) ? TEND_DONE : TEND_ABSENT;
+		return connection_remove(record->generation) ? TEND_DONE : TEND_ABSENT;
 	exception_note(ctl, bits, client->hash);
 	conn->marked = clock_now();
 	state_change(conn, 0, STATE_IDLE);
@@ -42,26 +42,29 @@ __noinline int tend_one(struct xdp_md *ctx, __u32 index)
 {
 	struct tend_request *request = (void *)(long)ctx->data;
 	struct tend_record *record;
-	struct flow client = {.protocol = IPPROTO_TCP};
+	struct scratch *room = scratch_get();
+	struct flow *client;
 
-	if (index >= TEND_RECORDS || (void *)(request + 1) > (void *)(long)ctx->data_end)
+	if (!room || index >= TEND_RECORDS || (void *)(request + 1) > (void *)(long)ctx->data_end)
 		return 0;
-	client.family = request->family;
+	client = &room->flow;
+	client->protocol = IPPROTO_TCP;
+	client->family = request->family;
 	record = &request->records[index];
 	if ((void *)(record + 1) > (void *)(long)ctx->data_end)
 		return 0;
-	if (client.family == FAMILY_IPV4)
-		__builtin_memcpy(&client.tuple.v4, &record->tuple, sizeof(client.tuple.v4));
+	if (client->family == FAMILY_IPV4)
+		__builtin_memcpy(&client->tuple.v4, &record->tuple, sizeof(client->tuple.v4));
 	else
-		client.tuple.v6 = record->tuple;
-	client.hash = hash_tuple(&client);
+		client->tuple.v6 = record->tuple;
+	client->hash = hash_tuple(client);
 	switch (record->what) {
 	case TEND_MARK_IDLE:
 	case TEND_REMOVE:
-		record->what = tend_connection(record, &client);
+		record->what = tend_connection(record, client);
 		break;
 	case TEND_REMOVE_HALF_OPEN:
-		record->what = tend_half_open(record, &client);
+		record->what = tend_half_open(record, client);
 		break;
 	}
 	return 0;

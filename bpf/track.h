@@ -9,10 +9,11 @@
 #include "connections.h"
 
 // How far numbers may be from the last ones noted: behind, for what was overtaken; ahead, where replies are seen and so
-// every packet is, what fits in flight; elsewhere what a client may send in the epoch between two touches.
+// every packet is, what fits in flight; elsewhere what a client may send between two touches, at 200 Mbit/s in an
+// epoch.
 #define FIT_BEHIND (1U << 16)
 #define FIT_AHEAD (1U << 21)
-#define FIT_AHEAD_STATELESS (1U << 24)
+#define FIT_AHEAD_STATELESS (1U << 28)
 
 static __always_inline bool closing(__u32 state)
 {
@@ -82,6 +83,11 @@ static __always_inline void track_client(struct control_block *ctl, struct bitma
 	}
 
 	touch(conn, now);
+	if (!(before & STATE_STATELESS) && !fits(conn, flow->sequence)) {
+		// Alive or a stranger's: it is not let go of, but neither are its numbers believed.
+		state_change(conn, STATE_IDLE, 0);
+		return;
+	}
 	if (conn->sequence_end != flow->sequence_end)
 		conn->sequence_end = flow->sequence_end;
 	if (conn->acknowledgement != flow->acknowledgement)
@@ -101,6 +107,20 @@ static __always_inline void track_client(struct control_block *ctl, struct bitma
 		exception_note(ctl, bits, flow->hash);
 		conn->marked = now;
 	}
+}
+
+// reborn is a backend's SYN-ACK on an entry of the connection table: the client has used its tuple again and the
+// backend has taken the new connection. (A SYN that the backend did not believe gets an ACK from it, RFC 9293,
+// section 3.10.7.4.)
+static __always_inline void reborn(struct connection *conn, const struct flow *flow)
+{
+	if (!(flow->flags & TCP_ACK))
+		return;
+	if (closing(conn->state))
+		count_event(EVENT_TAKEN_BACK);
+	conn->sequence_end = flow->acknowledgement;
+	conn->acknowledgement = flow->sequence + 1;
+	state_change(conn, ~(STATE_YOUNG | STATE_STATELESS), 0);
 }
 
 // track_backend does the same for a backend's packet, whose word is taken without comparing numbers.

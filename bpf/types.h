@@ -292,6 +292,20 @@ struct bitmap_set {
 	__u64 fresh[2][BITMAP_WORDS];
 };
 
+// flow is what the tables are asked with: a packet's or a connection's tuple, and what the TCP header says.
+struct flow {
+	__u64 hash;	   // of the client's tuple
+	union tuple tuple; // as on the wire
+	__u32 sequence;
+	__u32 sequence_end; // behind the payload, and behind a FIN or SYN
+	__u32 acknowledgement;
+	__u8 family;
+	__u8 protocol;
+	__u8 flags; // of TCP
+	__u8 pad;
+	struct hop from; // the way back
+};
+
 struct port_choice {
 	__u32 pool;
 	__u32 source;
@@ -307,13 +321,15 @@ struct reply_choice {
 	__u32 service;
 };
 
-// Room for what is too large for the stack of 512 bytes that nested functions share.
+// Room for what is too large for the stack of 512 bytes that nested functions share, and for keys: Linux 6.1 takes a
+// map's key from the stack or from a map's value, not from memory that a global function was given.
 struct scratch {
+	struct flow flow; // of the packet, or of the connection, in hand
 	struct connection connection;
 	struct half_open half;
 	struct port_choice port;
 	struct way_back back;
-	union tuple reply;
+	union tuple removed; // the way back of a connection being removed
 	struct reply_choice reply_choice;
 };
 

@@ -104,12 +104,15 @@ func (s *Set) Explain(inv *Inventory, client netip.AddrPort, service Service) (E
 // newTries is how many slots the data plane tries for a new connection: NEW_TRIES of choose.h.
 const newTries = 4
 
-// forNew chooses as the data plane's `opening` does: the connection's own slot, then others by its hash hashed on.
+// forNew chooses as the data plane's `opening` does: the connection's own slot, then others by the hash that chose it, hashed on.
 func (s *Set) forNew(inv *Inventory, e *Explanation) (Backend, error) {
 	if e.Service.Leaving {
 		return Backend{}, nil
 	}
 	slot, hash := e.SlotNow, e.Hash
+	if e.Service.AffinityClient {
+		hash = HashClient(e.Tuple.Source.Addr())
+	}
 	for i := range uint64(newTries) {
 		if i > 0 {
 			hash = finish(hash + i)

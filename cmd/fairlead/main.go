@@ -14,6 +14,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"fairlead/loader"
+	"fairlead/test/lab"
 )
 
 // What a command's end says to the shell.
@@ -30,6 +31,7 @@ const (
 )
 
 func main() {
+	lab.PeerMain() // the demo's peers are this program, started again
 	os.Exit(run(context.Background(), os.Args[1:], os.Stdout, os.Stderr, os.Getenv))
 }
 
