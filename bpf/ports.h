@@ -19,8 +19,7 @@
 
 enum port_use {
 	PORT_FREE,
-	PORT_HALF_OPEN_YOUNG,
-	PORT_HALF_OPEN_OLD,
+	PORT_HALF_OPEN,
 	PORT_CONFIRMED,
 	PORT_BUSY, // in the middle of being removed
 };
@@ -43,12 +42,14 @@ __noinline int port_use(struct backend *backend, __u32 source, __u32 number, __u
 	back = half_reply_find(backend->family, &room->port.reply, NULL);
 	if (!back || now - back->first >= half_open_life)
 		return PORT_FREE;
-	return now - back->first < PORT_HANDSHAKE ? PORT_HALF_OPEN_YOUNG : PORT_HALF_OPEN_OLD;
+	return PORT_HALF_OPEN;
 }
 
-// port_head_young tells whether the oldest of the ports handed out is of a half-open connection that is young: then all
-// behind it are.
-__noinline int port_head_young(struct backend *backend, __u32 pool_id, __u32 now)
+// port_head_age is how long ago, in ticks, the oldest of the ports handed out was, if its connection is half-open yet:
+// none behind it is older. Else PORT_NO_AGE.
+#define PORT_NO_AGE 0x7fffffff
+
+__noinline int port_head_age(struct backend *backend, __u32 pool_id, __u32 now)
 {
 	struct pool *pool = bpf_map_lookup_elem(&pools, &pool_id);
 	void *out = ports_of(pool_id, PORTS_HANDED_OUT);
@@ -58,12 +59,13 @@ __noinline int port_head_young(struct backend *backend, __u32 pool_id, __u32 now
 
 	if (!backend || !pool || !out || !room || bpf_map_peek_elem(out, &number) ||
 	    !reply_tuple(backend->family, backend, pool->source, bpf_htons(number), &room->port.reply))
-		return false;
+		return PORT_NO_AGE;
 	back = half_reply_find(backend->family, &room->port.reply, NULL);
-	return back && now - back->first < PORT_HANDSHAKE;
+	return back ? (now - back->first) & PORT_NO_AGE : PORT_NO_AGE;
 }
 
-// ports_look_after takes confirmed ports out of the queue of those handed out and brings forgotten ones home.
+// ports_look_after takes confirmed ports out of the queue of those handed out and brings forgotten ones home, as far as
+// the first that is half-open: that one stays the oldest.
 __noinline int ports_look_after(struct backend *backend, __u32 pool_id, __u32 now)
 {
 	struct pool *pool = bpf_map_lookup_elem(&pools, &pool_id);
@@ -75,7 +77,7 @@ __noinline int ports_look_after(struct backend *backend, __u32 pool_id, __u32 no
 	for (int i = 0; i < PORT_LOOKS; i++) {
 		// Another CPU may take the head between the look and the pop: what was popped counts, not what was
 		// seen.
-		if (port_head_young(backend, pool_id, now) || bpf_map_pop_elem(out, &number))
+		if (port_head_age(backend, pool_id, now) < half_open_life || bpf_map_pop_elem(out, &number))
 			return 0;
 		switch (port_use(backend, pool->source, number, now)) {
 		case PORT_CONFIRMED:
@@ -173,7 +175,7 @@ __noinline int port_take(struct backend *backend, __u64 hash, __u32 now)
 	for (__u32 i = 0; i < PORT_TRIES; i++) {
 		__u32 pool_id = pool_at(backend, (place + i) % pool_count);
 
-		if (i < pool_count && port_head_young(backend, pool_id, now))
+		if (i < pool_count && port_head_age(backend, pool_id, now) < PORT_HANDSHAKE)
 			continue;
 		if (port_try_half_open(backend, pool_id, now) == PORT_TAKEN)
 			return true;

@@ -130,6 +130,9 @@ static __always_inline void track_backend(struct control_block *ctl, struct bitm
 	__u32 before = conn->state;
 
 	touch(conn, now);
+	// What the backend acknowledges is the truth about its client: numbers that were far off (restored ones) heal.
+	if (flow->flags & TCP_ACK && !fits(conn, flow->acknowledgement))
+		conn->sequence_end = flow->acknowledgement;
 	if (flow->flags & TCP_RST) {
 		state_change(conn, STATE_IDLE, STATE_BACKEND_RESET);
 	} else if (flow->flags & TCP_FIN) {

@@ -1,6 +1,7 @@
 package packet
 
 import (
+	"net/netip"
 	"testing"
 
 	"fairlead/bpf"
@@ -101,7 +102,8 @@ func TestLifeEndsByReset(t *testing.T) {
 	})
 }
 
-// The first data may confirm: TCP Fast Open sends some with the SYN, and a client's ACK may come with a request, or a FIN.
+// The first data may confirm: TCP Fast Open sends some with the SYN, and a client's ACK may come with a request, or with
+// a FIN.
 func TestConfirmedByData(t *testing.T) {
 	each(t, func(t *testing.T, f family) {
 		s := newScene(t, f, fullnat, plan{})
@@ -158,10 +160,11 @@ func TestTupleUsedAgain(t *testing.T) {
 		c.send(c.segment(syn, ""), forwardTable)
 		synAck := c.answer(syn|ack, "")
 		if method == fullnat {
-			c.reply(synAck, replyTable)
+			c.reply(synAck, replyTable, takenBack)
+			c.send(c.segment(ack, ""), forwardTable)
+		} else {
+			c.send(c.segment(ack, ""), forwardTable, takenBack)
 		}
-		// The backend's own FIN is taken back by its own first packet.
-		c.send(c.segment(ack, ""), forwardTable, takenBack)
 		if method == fullnat {
 			c.reply(c.answer(ack|psh, "welcome back"), replyTable)
 		}
@@ -307,7 +310,12 @@ func TestSlotGivenAway(t *testing.T) {
 func TestFreshBitShared(t *testing.T) {
 	each(t, func(t *testing.T, f family) {
 		s := newScene(t, f, dsr, plan{backends: 2})
-		a, b := s.sharingFresh(1, 2)
+		a, b := s.sharingFresh()
+		for slot := range s.service.ring {
+			s.service.ring[slot] = 1
+		}
+		s.service.ring[slotOf(s.service, b.client)] = 2
+		s.setRing(1, s.service.ring)
 		a.open()
 		a.send(a.segment(ack, ""), forwardRing)
 		s.backends[1].flags = bpf.FairleadBackendFlagBACKEND_UP // no next hop: new connections go elsewhere
@@ -324,29 +332,41 @@ func TestFreshBitShared(t *testing.T) {
 	})
 }
 
+// A SYN clears the fresh bit, whosever it is. Two on their slots' backends that share one cost each other a look-up, or
+// delay the confirmation by an epoch.
+func TestFreshBitSharedInSlots(t *testing.T) {
+	each(t, func(t *testing.T, f family) {
+		s := newScene(t, f, dsr, plan{backends: 3})
+		a, b := s.sharingFresh()
+		a.open()
+		a.send(a.segment(ack, ""), forwardRing)
+		b.send(b.segment(syn, ""), forwardNew)
+		b.answer(syn|ack, "")
+		a.send(a.segment(ack, ""), forwardTable)
+		a.send(a.segment(ack, ""), forwardRing)
+		b.send(b.segment(ack, ""), forwardRing)
+		b.absent()
+		s.editControl(func(block *bpf.FairleadControlBlock) { block.Epoch++ })
+		b.send(b.segment(ack, ""), forwardHalfOpen, confirmed)
+	})
+}
+
 // Where a service's clients keep their backend by address, so do those whose slot's backend takes nobody.
 func TestAffinityByClient(t *testing.T) {
 	each(t, func(t *testing.T, f family) {
 		for _, down := range []bool{false, true} {
 			s := newScene(t, f, dsr, plan{backends: 8, ringSize: 61, flags: bpf.FairleadServiceFlagSERVICE_AFFINITY_CLIENT})
-			first := s.newClient()
-			want := ringAnswer(s.service, first.client)
+			want := ringAnswer(s.service, netip.AddrPortFrom(f.client, 1))
 			if down {
 				s.backends[want-1].flags = 0
 				s.setBackend(s.backends[want-1])
-				want = 0
+				want = anyBackend
 			}
-			for range 20 {
-				c := s.newClient() // of the same address
-				if c.client.Addr() != first.client.Addr() {
-					t.Fatal("not the same client")
-				}
-				if want == 0 {
-					want = s.newConnectionsBackend(c)
-					continue
-				}
+			for port := range uint16(20) {
+				c := s.clientAt(netip.AddrPortFrom(f.client, 50000+port))
 				c.backend = want
 				c.send(c.segment(syn, ""), forwardNew)
+				want = c.backend
 			}
 		}
 	})

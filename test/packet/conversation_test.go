@@ -3,10 +3,10 @@ package packet
 import (
 	"encoding/binary"
 	"net/netip"
-	"strings"
 	"testing"
 
 	"fairlead/bpf"
+	"fairlead/maps"
 
 	"github.com/gopacket/gopacket/layers"
 )
@@ -40,7 +40,7 @@ func plus(address netip.Addr, n int) netip.Addr {
 	return sum
 }
 
-// plan is what a scene is made of; what is left out has a small value.
+// plan is what a scene is made of; what is left out has a value that does.
 type plan struct {
 	backends int
 	sources  int // fullnat
@@ -71,13 +71,16 @@ type portUse struct {
 
 func newScene(t *testing.T, f family, method bpf.FairleadMethod, p plan) *scene {
 	t.Helper()
-	p.backends, p.sources, p.ports, p.ringSize = max(p.backends, 1), max(p.sources, 1), max(p.ports, 64), max(p.ringSize, 13)
-	return newSceneExactly(t, f, method, p)
-}
-
-// newSceneExactly takes small numbers of ports as they are.
-func newSceneExactly(t *testing.T, f family, method bpf.FairleadMethod, p plan) *scene {
-	t.Helper()
+	for _, number := range []struct {
+		at    *int
+		least int
+	}{
+		{&p.backends, 1}, {&p.sources, 1}, {&p.ports, 64}, {&p.ringSize, 13},
+	} {
+		if *number.at == 0 {
+			*number.at = number.least
+		}
+	}
 	s := &scene{dataplane: load(t, p.settings...), family: f, method: method, ports: map[portUse]*conversation{}}
 	if method == dsr {
 		p.flags |= bpf.FairleadServiceFlagSERVICE_RING_FIRST
@@ -106,27 +109,34 @@ func newSceneExactly(t *testing.T, f family, method bpf.FairleadMethod, p plan) 
 			b.address = netip.AddrPortFrom(b.address.Addr(), 8765)
 			for _, source := range s.sources {
 				b.pools = append(b.pools, pool)
-				s.setPool(pool, b, source)
+				s.newPool(pool, b, source)
 				pool++
 			}
 		}
 		s.setBackend(b)
 		s.backends = append(s.backends, b)
 	}
+	if method == fullnat {
+		s.setPools()
+	}
 	return s
 }
 
-// each runs a test for both families.
+// each runs a test for both families, at its leisure: much of a test's time is the kernel's waiting for its CPUs.
 func each(t *testing.T, test func(*testing.T, family)) {
+	t.Parallel()
 	for _, f := range families {
-		t.Run(f.name, func(t *testing.T) { test(t, f) })
+		t.Run(f.name, func(t *testing.T) {
+			t.Parallel()
+			test(t, f)
+		})
 	}
 }
 
 // eachMethod runs a test for both families and both methods.
 func eachMethod(t *testing.T, test func(*testing.T, family, bpf.FairleadMethod)) {
-	for _, method := range []bpf.FairleadMethod{fullnat, dsr} {
-		name := strings.ToLower(strings.TrimPrefix(method.String(), "METHOD_"))
+	t.Parallel()
+	for name, method := range map[string]bpf.FairleadMethod{"fullnat": fullnat, "dsr": dsr} {
 		t.Run(name, func(t *testing.T) { each(t, func(t *testing.T, f family) { test(t, f, method) }) })
 	}
 }
@@ -138,13 +148,17 @@ func (s *scene) in(t *testing.T) { s.dataplane.T = t }
 type conversation struct {
 	*scene
 	client    netip.AddrPort
-	backend   uint32         // 0: not known yet
+	backend   uint32         // 0: whom the ring names
 	source    netip.AddrPort // whom the backend sees
 	seq, ack  uint32         // next numbers of the client, and of the backend
 	from      device         // where the client's frames come from
 	router    [6]byte
 	confirmed bool
+	mayRob    bool // its SYN may take the port of a half-open connection, or need not
 }
+
+// anyBackend stands for the backend that a connection's first packet is seen to go to.
+const anyBackend = 0xffffffff
 
 // newClient is the next client's connection, on an address and port not used before.
 func (s *scene) newClient() *conversation {
@@ -230,8 +244,21 @@ func (c *conversation) sendRaw(s segment, frame []byte, v verdict, events ...eve
 	case v >= bpf.FairleadVerdictRESET_UNKNOWN:
 		want.frame = s.reset().bytes()
 	default:
-		if c.backend == 0 {
+		switch c.backend {
+		case 0:
 			c.backend = ringAnswer(c.scene.service, c.client)
+		case anyBackend:
+			for _, b := range c.backends {
+				if b.mac == [6]byte(out) {
+					c.backend = b.id
+				}
+			}
+		}
+		if c.backend > uint32(len(c.backends)) {
+			c.Fatalf("%s: forwarded to nobody known: action %d, frame %x", c.client, action, out)
+		}
+		if c.mayRob && c.counted().Events[portStolen] > c.dataplane.want.Events[portStolen] {
+			want.events, c.mayRob = append(want.events, portStolen), false
 		}
 		if v == bpf.FairleadVerdictFORWARD_NEW && c.method == fullnat && action >= xdpTX {
 			c.givenPort(s, out)
@@ -275,11 +302,16 @@ func (c *conversation) givenPort(s segment, out []byte) {
 // reply gives a backend's segment to the data plane, and expects it at the client if the verdict says so.
 func (c *conversation) reply(s segment, v verdict, events ...event) {
 	c.Helper()
+	c.replyRaw(s, s.bytes(), v, events...)
+}
+
+// replyRaw sends other bytes than the segment's own.
+func (c *conversation) replyRaw(s segment, frame []byte, v verdict, events ...event) {
+	c.Helper()
 	from := theKernel.front
 	if c.backends[c.backend-1].ifindex == theKernel.back.index {
 		from = theKernel.back
 	}
-	frame := s.bytes()
 	action, out := c.run(c.Fairlead, frame, from)
 	want := expectation{verdict: v, events: events}
 	switch {
@@ -356,7 +388,7 @@ func (c *conversation) finishOpening() {
 	c.send(c.segment(ack|psh, "hello"), forwardTable, matured)
 }
 
-// state is the connection's in the table, where it must be.
+// entry is the connection's in the table, where it must be.
 func (c *conversation) entry() bpf.FairleadConnection {
 	c.Helper()
 	entry, found := c.connection(c.client, c.scene.service.address)
@@ -380,4 +412,43 @@ func (s *scene) count(connections, young int64) {
 	if block := s.control(); block.Connections != connections || block.Young != young {
 		s.Errorf("%d connections, %d young; want %d, %d", block.Connections, block.Young, connections, young)
 	}
+}
+
+// editEntry writes the connection's entry in the table as if behind the programs' backs; nil deletes it.
+func (s *scene) editEntry(c *conversation, entry *bpf.FairleadConnection) {
+	s.Helper()
+	table, key := s.Connections4, any(nil)
+	if c.client.Addr().Is4() {
+		key = tuple4(c.client, s.service.address)
+	} else {
+		table, key = s.Connections6, tuple6(c.client, s.service.address)
+	}
+	if entry == nil {
+		s.must(table.Delete(key))
+	} else {
+		s.must(table.Put(key, entry))
+	}
+}
+
+// slotOf is the slot of a client's connection in a ring chosen by the 4-tuple.
+func slotOf(s service, client netip.AddrPort) uint32 {
+	return maps.SlotOf(hashOf(client, s.address), uint32(len(s.ring)))
+}
+
+// sharingFresh finds two clients that share a fresh bit in the first epoch, and neither slot nor exception bit.
+func (s *scene) sharingFresh() (a, b *conversation) {
+	s.Helper()
+	seen := map[uint32]netip.AddrPort{}
+	for port := 10000; port < 60000; port++ {
+		client := netip.AddrPortFrom(s.family.client, uint16(port))
+		hash := hashOf(client, s.service.address)
+		other, found := seen[maps.FreshBit(hash, 0)]
+		if found && slotOf(s.service, client) != slotOf(s.service, other) &&
+			maps.ExceptionBit(hash) != maps.ExceptionBit(hashOf(other, s.service.address)) {
+			return s.clientAt(other), s.clientAt(client)
+		}
+		seen[maps.FreshBit(hash, 0)] = client
+	}
+	s.Fatal("no two clients share a fresh bit")
+	return nil, nil
 }

@@ -52,11 +52,6 @@ type extension struct {
 	rest   []byte
 }
 
-func (s segment) clone() segment {
-	s.payload, s.padding = slices.Clone(s.payload), slices.Clone(s.padding)
-	return s
-}
-
 func (s segment) length() uint32 { return uint32(len(s.bytes())) }
 
 // end is the sequence number behind the segment.
