@@ -8,6 +8,8 @@
 #include "ring.h"
 #include "track.h"
 
+// A 64th of the connection table is kept for connections whose method needs an entry and whose handshake is under way.
+#define HANDSHAKE_SHARE 64
 #define NEW_TRIES 4 // slots tried for a new connection whose own slot's backend can't be reached
 
 // choice is the answer of a global function, so plain values again.
@@ -51,7 +53,7 @@ __noinline int connection_insert(struct half_open *from, struct service *service
 
 	if (!from || !service || !ctl || !bits || !room)
 		return false;
-	if (!room_left(ctl)) {
+	if (!room_left(ctl, 0)) {
 		count_event(EVENT_TABLE_FULL);
 		return false;
 	}
@@ -84,7 +86,7 @@ __noinline int connection_insert(struct half_open *from, struct service *service
 	if (old) {
 		if (old->generation == from->generation)
 			return true;
-		connection_remove(old->generation);
+		connection_remove(old->generation, ROOM_PACKETS);
 	}
 	if (flow->family == FAMILY_IPV4)
 		failed = bpf_map_update_elem(&connections4, &flow->tuple.v4, value, BPF_NOEXIST);
@@ -146,7 +148,7 @@ __noinline int confirm(struct half_open *half, struct service *service, __u32 st
 		return false;
 	failed = reply_insert(false);
 	if (failed && failed != -EEXIST) {
-		connection_remove(half->generation);
+		connection_remove(half->generation, ROOM_PACKETS);
 		count_event(EVENT_INSERT_FAILED);
 		return false;
 	}
@@ -186,7 +188,7 @@ static __always_inline enum verdict established(const struct flow *flow, const s
 		return FORWARD_TABLE;
 	word = slot_look(flow, service);
 	if ((word & SLOT_BACKEND) == conn->backend) {
-		if (conn->state == STATE_STATELESS)
+		if (!(conn->state & ~(STATE_STATELESS | STATE_CLIENT_FIN_KNOWN)))
 			fresh_set(ctl, bits, flow->hash);
 	} else if (!(word & SLOT_UNSETTLED) && !exception_test(ctl, bits, flow->hash)) {
 		exception_note(ctl, bits, flow->hash);
@@ -294,7 +296,7 @@ __noinline int opening(struct service *service, struct choice *choice)
 	half->service = service->id;
 	half->hop = flow->from;
 	if (use_fullnat && backend->method == METHOD_FULLNAT) {
-		if (!room_left(ctl)) {
+		if (!room_left(ctl, connection_capacity / HANDSHAKE_SHARE)) {
 			count_event(EVENT_TABLE_FULL);
 			return RESET_TABLE_FULL;
 		}
@@ -363,7 +365,7 @@ __noinline int unknown(struct service *service, struct choice *choice)
 		return RESET_NO_BACKEND;
 	if (!stateless(backend->method))
 		return RESET_UNKNOWN;
-	if (flow->flags & (TCP_FIN | TCP_RST))
+	if (flow->flags & (TCP_FIN | TCP_RST) || !(backend->flags & BACKEND_UP))
 		return FORWARD_UNKNOWN;
 	if (!adoption_allowed(now)) {
 		count_event(EVENT_ADOPTION_LIMITED);

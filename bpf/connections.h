@@ -127,18 +127,18 @@ static __always_inline __u32 generation_next(void)
 	return count ? ++*count << 8 | (bpf_get_smp_processor_id() & 0xff) : 0;
 }
 
-// room_left says whether the connection table takes one more.
-static __always_inline bool room_left(const struct control_block *ctl)
+// room_left says whether the connection table takes one more, and leaves so many places as are kept back.
+static __always_inline bool room_left(const struct control_block *ctl, __u32 kept_back)
 {
-	return ctl->connections < (__s64)connection_capacity;
+	return ctl->connections < (__s64)connection_capacity - (__s64)kept_back;
 }
 
 // connection_remove takes out the entry of the flow in hand, if it is of this generation, and its way back, and gives
 // the source port back to its queue. The way back goes before that: until the port is in its queue again, nobody can be
 // given it.
-__noinline int connection_remove(__u32 generation)
+__noinline int connection_remove(__u32 generation, __u32 whose_room)
 {
-	struct scratch *room = scratch_get();
+	struct scratch *room = scratch_of(whose_room);
 	struct flow *client;
 	struct connection *conn;
 	struct control_block *ctl = control_get();

@@ -85,7 +85,7 @@ MAP(BPF_MAP_TYPE_LRU_HASH, half_replies4, struct tuple4, struct reply4, 131072, 
 MAP(BPF_MAP_TYPE_LRU_HASH, half_replies6, struct tuple6, struct reply6, 131072, 0);
 
 // Room for values on their way into the tables. Programs alone.
-MAP(BPF_MAP_TYPE_PERCPU_ARRAY, scratch, __u32, struct scratch, 1, 0);
+MAP(BPF_MAP_TYPE_PERCPU_ARRAY, scratch, __u32, struct scratch, ROOM_COUNT, 0);
 // Adoptions left in this tick. Programs alone.
 MAP(BPF_MAP_TYPE_PERCPU_ARRAY, adoptions, __u32, struct adoption, 1, 0);
 // Numbers for the generations of connections. Programs alone.
@@ -96,9 +96,12 @@ MAP(BPF_MAP_TYPE_PERCPU_ARRAY, counters, __u32, struct counter_set, 1, 0);
 MAP(BPF_MAP_TYPE_PERCPU_ARRAY, service_traffic, __u32, struct traffic, MAX_SERVICES, 0);
 MAP(BPF_MAP_TYPE_PERCPU_ARRAY, backend_traffic, __u32, struct traffic, MAX_BACKENDS, 0);
 
+static __always_inline struct scratch *scratch_of(__u32 room)
+{
+	return bpf_map_lookup_elem(&scratch, &room);
+}
+
 static __always_inline struct scratch *scratch_get(void)
 {
-	__u32 zero = 0;
-
-	return bpf_map_lookup_elem(&scratch, &zero);
+	return scratch_of(ROOM_PACKETS);
 }

@@ -79,6 +79,10 @@ __noinline int reply_choose(void)
 		half = BY_FAMILY(flow->family, &choice->client, half_open4, half_open6, bpf_map_lookup_elem);
 		if (half && half->generation == back->generation && now - half->first < half_open_life) {
 			if ((flow->flags & (TCP_SYN | TCP_ACK | TCP_RST)) == (TCP_SYN | TCP_ACK)) {
+				// It answers this client's SYN, not that of one whose port this was.
+				if (flow->acknowledgement - half->client_sequence[0] > 0xffff &&
+				    flow->acknowledgement - half->client_sequence[1] > 0xffff)
+					return PASS_REPLY_UNKNOWN;
 				half->backend_sequence = flow->sequence + 1;
 				half->state |= HALF_SYN_ACK;
 			}

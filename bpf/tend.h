@@ -18,7 +18,7 @@ static __always_inline __u32 tend_connection(struct tend_record *record, struct 
 	if (conn->seen != record->seen)
 		return TEND_CHANGED;
 	if (record->what == TEND_REMOVE)
-		return connection_remove(record->generation) ? TEND_DONE : TEND_ABSENT;
+		return connection_remove(record->generation, ROOM_TEND) ? TEND_DONE : TEND_ABSENT;
 	exception_note(ctl, bits, client->hash);
 	conn->marked = clock_now();
 	state_change(conn, 0, STATE_IDLE);
@@ -42,7 +42,7 @@ __noinline int tend_one(struct xdp_md *ctx, __u32 index)
 {
 	struct tend_request *request = (void *)(long)ctx->data;
 	struct tend_record *record;
-	struct scratch *room = scratch_get();
+	struct scratch *room = scratch_of(ROOM_TEND);
 	struct flow *client;
 
 	if (!room || index >= TEND_RECORDS || (void *)(request + 1) > (void *)(long)ctx->data_end)

@@ -25,6 +25,13 @@ enum limits {
 	FILL_PORTS = 1024,
 };
 
+// Who uses a CPU's scratch room: packets, or the daemon's program `tend`, which packets may interrupt.
+enum room {
+	ROOM_PACKETS = 0,
+	ROOM_TEND = 1,
+	ROOM_COUNT,
+};
+
 enum family {
 	FAMILY_IPV4 = 4,
 	FAMILY_IPV6 = 6,
