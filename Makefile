@@ -1,0 +1,140 @@
+# Fairlead. `make demo` shows it, `make test` tests it; `make help` lists the rest.
+
+SHELL       := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.NOTPARALLEL:
+.DEFAULT_GOAL := help
+
+# sudo's path lacks the place where Go's own archive puts it.
+export PATH := $(PATH):/usr/local/go/bin
+export CGO_ENABLED := 0
+# Where git can't or won't tell (no repository, another's), no revision is built in.
+ifeq ($(shell git rev-parse HEAD 2>/dev/null),)
+export GOFLAGS := $(GOFLAGS) -buildvcs=false
+endif
+
+GO       ?= go
+ROOMS    := bpf loader maps userspace cmd test
+VERSION  ?= $(shell git describe --tags --dirty 2>/dev/null)
+LDFLAGS  := $(if $(VERSION),-X main.version=$(VERSION))
+OBJECTS  := bpf/fairlead_bpfel.go bpf/fairlead_bpfel.o
+PEERS    := test/e2e/peers
+DEMO     ?=
+FUZZTIME ?= 20s
+
+# Debian packages by what takes them. Node comes from wherever the machine has it.
+GENERATE_PACKAGES := clang-19 llvm-19 libbpf-dev linux-libc-dev
+LINT_PACKAGES     := clang-format-19
+DEMO_PACKAGES     := util-linux
+TEST_PACKAGES     := curl iperf3 iproute2 nftables python3-websockets util-linux wrk
+TEST_PROGRAMS     := node:nodejs npm:npm
+
+# install: the packages of $(1), and those of $(2), PROGRAM:PACKAGE, whose program is missing.
+define install
+missing=(); \
+for package in $(1); do \
+	[[ $$(dpkg-query -W -f='$${db:Status-Status}' $$package 2>/dev/null) == installed ]] || missing+=($$package); \
+done; \
+for pair in $(2); do \
+	command -v $${pair%%:*} >/dev/null || missing+=($${pair#*:}); \
+done; \
+if (( $${#missing[@]} )); then \
+	if (( EUID )); then echo "make: missing: $${missing[*]}: install them, or run make as root" >&2; exit 1; fi; \
+	if ! command -v apt-get >/dev/null; then \
+		echo "make: missing: $${missing[*]} (names of Debian 12): install what this system has of the kind" >&2; exit 1; fi; \
+	echo "installing $${missing[*]}"; \
+	export DEBIAN_FRONTEND=noninteractive RUNLEVEL=1; \
+	apt-get -qq -o DPkg::Lock::Timeout=300 update </dev/null; \
+	apt-get -qq -y -o DPkg::Lock::Timeout=300 -o Dpkg::Use-Pty=0 install --no-install-recommends "$${missing[@]}" \
+		</dev/null; \
+fi
+endef
+
+define need_root
+if (( EUID )); then echo "make: network namespaces and XDP take root: sudo make $@" >&2; exit 1; fi
+endef
+
+# bpffs: /sys/fs/bpf is mounted for what follows in the same shell; if that was our doing and nothing is left in it (the
+# kernel's own two files aside), it is unmounted at the end.
+define bpffs
+if ! mountpoint -q /sys/fs/bpf; then \
+	mount -t bpf bpf /sys/fs/bpf; \
+	trap '[[ -n $$(ls -A -I maps.debug -I progs.debug /sys/fs/bpf) ]] || umount /sys/fs/bpf' EXIT; \
+fi
+endef
+
+go_test = $(GO) test -count=1 -p 1 -json
+
+.PHONY: help
+help: ## list the targets
+	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
+
+.PHONY: build
+build: ## bin/fairlead
+	@command -v $(GO) >/dev/null || { echo "make: no go: see https://go.dev/doc/install" >&2; exit 1; }
+	$(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/fairlead ./cmd/fairlead
+
+.PHONY: demo
+demo: ## the whole thing on this machine alone; DEMO="--method dsr --ipv6" passes flags on
+	@$(need_root)
+	@$(call install,$(DEMO_PACKAGES))
+	@$(MAKE) --no-print-directory build
+	@$(bpffs); bin/fairlead demo $(DEMO)
+
+.PHONY: test
+test: check-generate lint test-needs ## everything: generated code, lint, all tests
+	@$(bpffs); $(go_test) -timeout 15m ./... | $(GO) run ./test/summary
+
+.PHONY: test-needs
+test-needs:
+	@$(need_root)
+	@$(call install,$(TEST_PACKAGES),$(TEST_PROGRAMS))
+	@$(MAKE) --no-print-directory $(PEERS)/node_modules/.package-lock.json
+
+$(PEERS)/node_modules/.package-lock.json: $(PEERS)/package-lock.json
+	cd $(PEERS) && npm ci --ignore-scripts --no-audit --no-fund </dev/null
+	touch $@
+
+.PHONY: generate
+generate: ## compile the data plane: bpf/*.c into bpf/fairlead_bpfel.{go,o}
+	@$(call install,$(GENERATE_PACKAGES))
+	$(GO) generate ./loader
+
+.PHONY: check-generate
+check-generate: ## fail where the committed objects are not what their source gives, byte for byte
+	@before=$$(sha256sum $(OBJECTS)); \
+	$(MAKE) --no-print-directory generate; \
+	if [[ $$(sha256sum $(OBJECTS)) != "$$before" ]]; then \
+		echo "make: generated anew, $(OBJECTS) are others: commit them" >&2; \
+		git --no-pager diff --stat -- $(OBJECTS) >&2 || true; \
+		exit 1; \
+	fi
+
+.PHONY: lint
+lint: ## gofmt, go vet, staticcheck, clang-format
+	@$(call install,$(LINT_PACKAGES))
+	@unformatted=$$(gofmt -l $(ROOMS)); \
+	if [[ -n $$unformatted ]]; then printf 'make: not as gofmt writes it:\n%s\n' "$$unformatted" >&2; exit 1; fi
+	$(GO) vet ./...
+	$(GO) tool staticcheck ./...
+	clang-format-19 --dry-run -Werror bpf/*.h bpf/*.c
+
+.PHONY: test-long
+test-long: test-needs ## the long forms: 10,000 WebSockets, 1,000,000 tuples, 100,000 pinned connections, 1 GiB each way
+	@$(bpffs); { \
+		$(go_test) -timeout 60m ./test/e2e -connections=10000 -bulk=1073741824; \
+		$(go_test) -timeout 60m ./test/agreement -agreement.tuples=1000000; \
+		$(go_test) -timeout 60m ./test/pinning -pinning.long; \
+	} | $(GO) run ./test/summary
+
+.PHONY: fuzz
+fuzz: ## every fuzz target for FUZZTIME, 20s
+	@for package in $$($(GO) list -f '{{if or .TestGoFiles .XTestGoFiles}}{{.ImportPath}}{{end}}' ./...); do \
+		for target in $$($(GO) test -list '^Fuzz' $$package | grep ^Fuzz || true); do \
+			$(GO) test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) $$package; \
+		done; \
+	done
+
+.PHONY: clean
+clean: ## remove what was built and fetched here
+	rm -rf bin $(PEERS)/node_modules
