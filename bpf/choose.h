@@ -48,6 +48,7 @@ __noinline int connection_insert(struct half_open *from, struct service *service
 	struct bitmap_set *bits = bitmaps_get();
 	struct scratch *room = scratch_get();
 	struct connection *value, *old;
+	struct backend *backend;
 	struct flow *flow;
 	long failed;
 
@@ -79,13 +80,17 @@ __noinline int connection_insert(struct half_open *from, struct service *service
 	value->base_sequence = from->client_sequence[1];
 	value->base_acknowledgement = flow->acknowledgement;
 
-	if ((slot_look(flow, service) & SLOT_BACKEND) != value->backend)
+	// Who is young is an exception as well: its next packets must be looked at, whoever shares its fresh bit.
+	if (state & STATE_YOUNG || (slot_look(flow, service) & SLOT_BACKEND) != value->backend)
 		exception_note(ctl, bits, flow->hash);
-	// An entry in the way is one whose backend is gone; nothing else lets a half-open connection rise beside it.
+	// Only an entry whose backend is down gives way.
 	old = connection_find(flow->family, &flow->tuple, flow->hash);
 	if (old) {
 		if (old->generation == from->generation)
 			return true;
+		backend = backend_get(old->backend);
+		if (backend && backend->flags & BACKEND_UP)
+			return false;
 		connection_remove(old->generation, ROOM_PACKETS);
 	}
 	if (flow->family == FAMILY_IPV4)
@@ -172,12 +177,16 @@ static __always_inline enum verdict established(const struct flow *flow, const s
 	if (!ctl || !bits)
 		return FORWARD_TABLE;
 	if (flow->flags & TCP_SYN) {
-		// A SYN on a living connection, a spoofed one or a reused tuple: it goes where the connection is.
+		// A SYN on a living connection, a spoofed one or a reused tuple: it goes where the connection is. An
+		// entry that was about to go waits for what becomes of it.
 		fresh_clear(ctl, bits, flow->hash);
+		if (conn->state & ~(STATE_STATELESS | STATE_YOUNG)) {
+			touch(conn, now);
+			state_change(conn, STATE_IDLE, 0);
+		}
 		return FORWARD_TABLE;
 	}
-	track_client(ctl, bits, conn, flow, now);
-	if (conn->source_port) {
+	if (track_client(ctl, bits, conn, flow, now) && conn->source_port) {
 		// Replies go back by the hop this packet came from.
 		if (*(__u32 *)conn->hop.mac != *(__u32 *)flow->from.mac ||
 		    *(__u16 *)&conn->hop.mac[4] != *(__u16 *)&flow->from.mac[4] ||
@@ -188,7 +197,7 @@ static __always_inline enum verdict established(const struct flow *flow, const s
 		return FORWARD_TABLE;
 	word = slot_look(flow, service);
 	if ((word & SLOT_BACKEND) == conn->backend) {
-		if (!(conn->state & ~(STATE_STATELESS | STATE_CLIENT_FIN_KNOWN)))
+		if (conn->state == STATE_STATELESS)
 			fresh_set(ctl, bits, flow->hash);
 	} else if (!(word & SLOT_UNSETTLED) && !exception_test(ctl, bits, flow->hash)) {
 		exception_note(ctl, bits, flow->hash);
@@ -259,6 +268,7 @@ __noinline int opening(struct service *service, struct choice *choice)
 	struct flow *flow;
 	bool any = false;
 	__u64 hash, own;
+	int failed;
 
 	if (!service || !choice || !ctl || !bits || !room)
 		return DROP_NO_RING;
@@ -306,13 +316,16 @@ __noinline int opening(struct service *service, struct choice *choice)
 		room->back.generation = half->generation;
 		room->back.first = now;
 		room->back.pool = room->port.pool;
-		if (reply_insert(true))
+		failed = reply_insert(true);
+		port_handed_out();
+		if (failed)
 			return RESET_TABLE_FULL;
 		half->source = room->port.source;
 		half->source_port = room->port.port;
 	}
-	// Another slot's backend: an entry that differs from its own slot has its exception bit first.
-	if (hash != own)
+	// Where the ring may answer alone, the tables must yet be asked for what confirms this connection, whoever
+	// shares its fresh bit; and an entry on another slot's backend has its exception bit first.
+	if (stateless(backend->method) || hash != own)
 		exception_note(ctl, bits, flow->hash);
 	if (flow->family == FAMILY_IPV4)
 		bpf_map_update_elem(&half_open4, &flow->tuple.v4, half, BPF_ANY);
@@ -462,5 +475,9 @@ static __always_inline enum verdict choose(struct packet *pkt, struct service *s
 		return verdict;
 	if (flow->flags & TCP_SYN)
 		return opening(service, choice);
+	// What was confirmed by another CPU between the looks into the two tables is in the first one now.
+	verdict = by_tables(service, choice);
+	if (verdict != NOT_IN_TABLES)
+		return verdict;
 	return unknown(service, choice);
 }

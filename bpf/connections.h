@@ -161,7 +161,8 @@ __noinline int connection_remove(__u32 generation, __u32 whose_room)
 	if (BY_FAMILY(client->family, &client->tuple, connections4, connections6, bpf_map_delete_elem))
 		return 0;
 	__sync_fetch_and_add(&ctl->connections, -1);
-	if (state & STATE_YOUNG)
+	// It may have matured, and been counted so, since `state` was read.
+	if (state & STATE_YOUNG && __sync_fetch_and_and(&conn->state, ~STATE_YOUNG) & STATE_YOUNG)
 		__sync_fetch_and_add(&ctl->young, -1);
 	count_event(EVENT_REMOVED);
 	if (!use_fullnat || !port)

@@ -32,9 +32,12 @@ static __always_inline int forward(struct packet *pkt, struct service *service, 
 				   enum verdict verdict)
 {
 	struct backend *backend = backend_get(choice->backend);
-	__u32 flags;
+	bool fullnat = use_fullnat && choice->source_port;
+	__u32 source_id = choice->source, flags;
+	struct source *source = bpf_map_lookup_elem(&sources, &source_id);
 
-	if (!backend)
+	// Entries whose backend, source address or method was taken away.
+	if (!backend || !source || (!fullnat && !use_dsr))
 		return refuse(pkt, service, DROP_NO_RING);
 	flags = backend->flags;
 	if (!(flags & BACKEND_UP) && service->on_backend_down == DOWN_RESET)
@@ -47,11 +50,9 @@ static __always_inline int forward(struct packet *pkt, struct service *service, 
 	count_verdict(verdict);
 	count_in(traffic_of_service(service->id), pkt->length, choice->new);
 	count_in(traffic_of_backend(choice->backend), pkt->length, choice->new);
-	if (use_fullnat && choice->source_port)
-		return fullnat_forward(pkt, backend, choice->source, choice->source_port);
-	if (use_dsr)
-		return dsr_forward(pkt, backend);
-	return XDP_DROP;
+	if (fullnat)
+		return fullnat_forward(pkt, backend, source, choice->source_port);
+	return dsr_forward(pkt, backend);
 }
 
 static __always_inline int client_way(struct packet *pkt, struct service *service)
@@ -74,8 +75,14 @@ static __always_inline int reply_way(struct packet *pkt, struct scratch *room)
 	enum verdict verdict;
 
 	verdict = parse_tcp(pkt);
-	if (verdict == PASS_NOT_OURS)
+	if (verdict == PASS_NOT_OURS) {
 		verdict = reply_choose();
+		// As in choose(): what another CPU confirmed meanwhile is in the first table now.
+		if (verdict == PASS_REPLY_UNKNOWN)
+			verdict = reply_choose();
+	} else if (!reply_known()) {
+		verdict = PASS_REPLY_UNKNOWN;
+	}
 	if (verdict < DROP_TRUNCATED && verdict != PASS_REPLY_UNKNOWN && !ttl_decrement(pkt))
 		verdict = DROP_TTL;
 	count_verdict(verdict);

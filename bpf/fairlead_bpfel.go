@@ -274,6 +274,7 @@ type FairleadScratch struct {
 			V4 FairleadTuple4
 			_  [24]byte
 		}
+		Popped uint32
 	}
 	Back    FairleadWayBack
 	Removed struct {
@@ -292,7 +293,6 @@ type FairleadScratch struct {
 		Backend uint32
 		Service uint32
 	}
-	_ [4]byte
 }
 
 type FairleadService struct {

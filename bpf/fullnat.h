@@ -46,12 +46,9 @@ static __always_inline void rewrite6(struct packet *pkt, const struct tuple6 *to
 	tcp->dest = to->dport;
 }
 
-static __always_inline int fullnat_forward(struct packet *pkt, struct backend *backend, __u32 source_id, __be16 port)
+static __always_inline int fullnat_forward(struct packet *pkt, struct backend *backend, const struct source *source,
+					   __be16 port)
 {
-	struct source *source = bpf_map_lookup_elem(&sources, &source_id);
-
-	if (!source)
-		return XDP_DROP;
 	if (pkt->family == FAMILY_IPV4) {
 		struct tuple4 to = {
 			.saddr = source->address[0],

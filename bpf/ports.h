@@ -17,6 +17,29 @@
 #define PORT_TRIES 24	   // ports tried, at most, when none is unused
 #define PORT_HANDSHAKE 179 // ticks, 3 s: so long a half-open connection is left alone if at all possible
 
+// port_pop takes the head of a queue, port_peek looks at it; both say whether it has one. The number goes by way of the
+// scratch room: verifiers of 7.2 and 7.3 take a queue that came from a map of maps to have values as large as those of
+// the largest map of all, and so everything above a number on the stack to be overwritten.
+static __always_inline bool port_pop(void *queue, __u32 *number)
+{
+	struct scratch *room = scratch_get();
+
+	if (!room || bpf_map_pop_elem(queue, &room->port.popped))
+		return false;
+	*number = room->port.popped;
+	return true;
+}
+
+static __always_inline bool port_peek(void *queue, __u32 *number)
+{
+	struct scratch *room = scratch_get();
+
+	if (!room || bpf_map_peek_elem(queue, &room->port.popped))
+		return false;
+	*number = room->port.popped;
+	return true;
+}
+
 enum port_use {
 	PORT_FREE,
 	PORT_HALF_OPEN,
@@ -40,9 +63,10 @@ __noinline int port_use(struct backend *backend, __u32 source, __u32 number, __u
 		return PORT_BUSY;
 	}
 	back = half_reply_find(backend->family, &room->port.reply, NULL);
-	if (!back || now - back->first >= half_open_life)
-		return PORT_FREE;
-	return PORT_HALF_OPEN;
+	if (back && now - back->first < half_open_life)
+		return PORT_HALF_OPEN;
+	// It may have been confirmed between the two looks.
+	return reply_find(backend->family, &room->port.reply, NULL) ? PORT_BUSY : PORT_FREE;
 }
 
 // port_head_age is how long ago, in ticks, the oldest of the ports handed out was, if its connection is half-open yet:
@@ -57,7 +81,7 @@ __noinline int port_head_age(struct backend *backend, __u32 pool_id, __u32 now)
 	struct way_back *back;
 	__u32 number;
 
-	if (!backend || !pool || !out || !room || bpf_map_peek_elem(out, &number) ||
+	if (!backend || !pool || !out || !room || !port_peek(out, &number) ||
 	    !reply_tuple(backend->family, backend, pool->source, bpf_htons(number), &room->port.reply))
 		return PORT_NO_AGE;
 	back = half_reply_find(backend->family, &room->port.reply, NULL);
@@ -77,7 +101,7 @@ __noinline int ports_look_after(struct backend *backend, __u32 pool_id, __u32 no
 	for (int i = 0; i < PORT_LOOKS; i++) {
 		// Another CPU may take the head between the look and the pop: what was popped counts, not what was
 		// seen.
-		if (port_head_age(backend, pool_id, now) < half_open_life || bpf_map_pop_elem(out, &number))
+		if (port_head_age(backend, pool_id, now) < half_open_life || !port_pop(out, &number))
 			return 0;
 		switch (port_use(backend, pool->source, number, now)) {
 		case PORT_CONFIRMED:
@@ -115,15 +139,14 @@ static __always_inline int port_chosen(struct backend *backend, __u32 pool_id, s
 __noinline int port_try_unused(struct backend *backend, __u32 pool_id, __u32 now)
 {
 	struct pool *pool = bpf_map_lookup_elem(&pools, &pool_id);
-	void *unused = ports_of(pool_id, PORTS_UNUSED), *out = ports_of(pool_id, PORTS_HANDED_OUT);
+	void *unused = ports_of(pool_id, PORTS_UNUSED);
 	__u32 number;
 
-	if (!backend || !pool || !unused || !out)
+	if (!backend || !pool || !unused)
 		return PORT_NONE_HERE;
 	ports_look_after(backend, pool_id, now);
-	if (bpf_map_pop_elem(unused, &number))
+	if (!port_pop(unused, &number))
 		return PORT_NONE_HERE;
-	bpf_map_push_elem(out, &number, 0);
 	return port_chosen(backend, pool_id, pool, number);
 }
 
@@ -135,14 +158,15 @@ __noinline int port_try_half_open(struct backend *backend, __u32 pool_id, __u32 
 	__u32 number;
 	int use;
 
-	if (!backend || !pool || !out || bpf_map_pop_elem(out, &number))
+	if (!backend || !pool || !out || !port_pop(out, &number))
 		return PORT_NONE_HERE;
 	use = port_use(backend, pool->source, number, now);
 	if (use == PORT_CONFIRMED)
 		return PORT_TRY_AGAIN;
-	bpf_map_push_elem(out, &number, 0);
-	if (use == PORT_BUSY)
+	if (use == PORT_BUSY) {
+		bpf_map_push_elem(out, &number, 0);
 		return PORT_TRY_AGAIN;
+	}
 	if (use != PORT_FREE)
 		count_event(EVENT_PORT_STOLEN);
 	return port_chosen(backend, pool_id, pool, number);
@@ -151,6 +175,23 @@ __noinline int port_try_half_open(struct backend *backend, __u32 pool_id, __u32 
 static __always_inline __u32 pool_at(const struct backend *backend, __u32 place)
 {
 	return backend->pools[place & (MAX_POOLS_A_BACKEND - 1)];
+}
+
+// port_handed_out puts the port in the scratch room into its pool's queue. Its way back must stand before: who looks
+// after the queue takes a port without one for forgotten.
+__noinline int port_handed_out(void)
+{
+	struct scratch *room = scratch_get();
+	__u32 number;
+	void *out;
+
+	if (!room)
+		return 0;
+	number = bpf_ntohs(room->port.port);
+	out = ports_of(room->port.pool, PORTS_HANDED_OUT);
+	if (out)
+		bpf_map_push_elem(out, &number, 0);
+	return 0;
 }
 
 // port_take chooses a source port towards a backend and leaves it in the scratch room: first among the unused ones,

@@ -61,7 +61,7 @@ __noinline int reply_choose(void)
 		conn = BY_FAMILY(flow->family, &choice->client, connections4, connections6, bpf_map_lookup_elem);
 		if (conn && conn->generation == back->generation) {
 			if (flow->flags & TCP_SYN) {
-				reborn(conn, flow);
+				reborn(conn, flow, now);
 			} else {
 				if (flow->flags & (TCP_FIN | TCP_RST) || conn->state)
 					hash = hash_of_client(flow, &choice->client);
@@ -93,4 +93,13 @@ __noinline int reply_choose(void)
 		}
 	}
 	return PASS_REPLY_UNKNOWN;
+}
+
+// reply_known tells whether a packet that can't be read whole belongs to a connection of ours at all.
+__noinline int reply_known(void)
+{
+	struct scratch *room = scratch_get();
+
+	return room && (reply_find(room->flow.family, &room->flow.tuple, NULL) ||
+			half_reply_find(room->flow.family, &room->flow.tuple, NULL));
 }

@@ -17,6 +17,8 @@ static __always_inline __u32 tend_connection(struct tend_record *record, struct 
 		return TEND_ABSENT;
 	if (conn->seen != record->seen)
 		return TEND_CHANGED;
+	if (record->what == TEND_REMOVE && !closing(conn->state) && !(conn->state & STATE_IDLE))
+		return TEND_CHANGED;
 	if (record->what == TEND_REMOVE)
 		return connection_remove(record->generation, ROOM_TEND) ? TEND_DONE : TEND_ABSENT;
 	exception_note(ctl, bits, client->hash);

@@ -13,7 +13,9 @@
 // epoch.
 #define FIT_BEHIND (1U << 16)
 #define FIT_AHEAD (1U << 21)
-#define FIT_AHEAD_STATELESS (1U << 28)
+#define FIT_AHEAD_STATELESS (1U << 24)
+// How far behind an end's FIN its retransmissions may be. They take the closing back, but the FIN is not forgotten.
+#define FIN_NEAR (1U << 16)
 
 static __always_inline bool closing(__u32 state)
 {
@@ -56,7 +58,17 @@ static __always_inline void young_matures(struct control_block *ctl, struct conn
 	}
 }
 
-static __always_inline void track_client(struct control_block *ctl, struct bitmap_set *bits, struct connection *conn,
+// taken_back is what a plain packet so far behind a FIN disproves of it: nothing, where it stands at the FIN; the
+// closing, where it may be a retransmission; else the FIN as such.
+static __always_inline __u32 taken_back(__u32 state, __u32 fin, __u32 known, __u32 behind)
+{
+	if (!(state & known) || behind >= FIN_NEAR)
+		return fin | known;
+	return behind ? fin : 0;
+}
+
+// track_client answers whether the packet is believed.
+static __always_inline bool track_client(struct control_block *ctl, struct bitmap_set *bits, struct connection *conn,
 					 const struct flow *flow, __u32 now)
 {
 	__u32 before = conn->state;
@@ -64,7 +76,7 @@ static __always_inline void track_client(struct control_block *ctl, struct bitma
 	if (flow->flags & (TCP_FIN | TCP_RST)) {
 		if (!fits(conn, flow->sequence)) {
 			count_event(EVENT_CLOSING_UNFIT);
-			return;
+			return false;
 		}
 		exception_note(ctl, bits, flow->hash);
 		conn->marked = now;
@@ -79,43 +91,48 @@ static __always_inline void track_client(struct control_block *ctl, struct bitma
 		}
 		if (!closing(before) && closing(conn->state))
 			count_event(EVENT_CLOSING);
-		return;
+		return true;
 	}
 
 	touch(conn, now);
 	if (!(before & STATE_STATELESS) && !fits(conn, flow->sequence)) {
 		// Alive or a stranger's: it is not let go of, but neither are its numbers believed.
 		state_change(conn, STATE_IDLE, 0);
-		return;
+		return false;
 	}
 	if (conn->sequence_end != flow->sequence_end)
 		conn->sequence_end = flow->sequence_end;
 	if (conn->acknowledgement != flow->acknowledgement)
 		conn->acknowledgement = flow->acknowledgement;
 	if (!(before & ~STATE_STATELESS))
-		return;
+		return true;
 	if (before & STATE_YOUNG)
 		young_matures(ctl, conn, flow);
 	// Behind its FIN a client sends nothing but acknowledgements that stand there.
+	state_change(conn,
+		     STATE_IDLE | STATE_CLIENT_RESET |
+			     taken_back(before, STATE_CLIENT_FIN, STATE_CLIENT_FIN_KNOWN,
+					conn->client_fin - flow->sequence_end),
+		     0);
 	if (before & STATE_CLIENT_FIN_KNOWN && flow->sequence_end == conn->client_fin)
-		state_change(conn, STATE_IDLE | STATE_CLIENT_RESET, STATE_CLIENT_FIN);
-	else
-		state_change(conn, STATE_IDLE | STATE_CLIENT_RESET | STATE_CLIENT_FIN, 0);
+		state_change(conn, 0, STATE_CLIENT_FIN);
 	if ((before & STATE_IDLE) || (closing(before) && !closing(conn->state)))
 		count_event(EVENT_TAKEN_BACK);
 	if (closing(conn->state)) {
 		exception_note(ctl, bits, flow->hash);
 		conn->marked = now;
 	}
+	return true;
 }
 
 // reborn is a backend's SYN-ACK on an entry of the connection table: the client has used its tuple again and the
 // backend has taken the new connection. (A SYN that the backend did not believe gets an ACK from it, RFC 9293,
 // section 3.10.7.4.)
-static __always_inline void reborn(struct connection *conn, const struct flow *flow)
+static __always_inline void reborn(struct connection *conn, const struct flow *flow, __u32 now)
 {
 	if (!(flow->flags & TCP_ACK))
 		return;
+	touch(conn, now);
 	if (closing(conn->state))
 		count_event(EVENT_TAKEN_BACK);
 	conn->sequence_end = flow->acknowledgement;
@@ -139,10 +156,13 @@ static __always_inline void track_backend(struct control_block *ctl, struct bitm
 		conn->backend_fin = flow->sequence_end;
 		state_change(conn, STATE_IDLE | STATE_BACKEND_RESET, STATE_BACKEND_FIN | STATE_BACKEND_FIN_KNOWN);
 	} else if (before & ~(STATE_STATELESS | STATE_YOUNG)) {
+		state_change(conn,
+			     STATE_IDLE | STATE_BACKEND_RESET |
+				     taken_back(before, STATE_BACKEND_FIN, STATE_BACKEND_FIN_KNOWN,
+						conn->backend_fin - flow->sequence_end),
+			     0);
 		if (before & STATE_BACKEND_FIN_KNOWN && flow->sequence_end == conn->backend_fin)
-			state_change(conn, STATE_IDLE | STATE_BACKEND_RESET, STATE_BACKEND_FIN);
-		else
-			state_change(conn, STATE_IDLE | STATE_BACKEND_RESET | STATE_BACKEND_FIN, 0);
+			state_change(conn, 0, STATE_BACKEND_FIN);
 		if ((before & STATE_IDLE) || (closing(before) && !closing(conn->state)))
 			count_event(EVENT_TAKEN_BACK);
 	}

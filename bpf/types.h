@@ -71,7 +71,7 @@ enum verdict {
 	DROP_UNKNOWN_RST,   // RST for a connection nobody knows: never answered
 	DROP_NO_NEIGHBOR,   // the backend's next hop is not known
 	DROP_TTL,	    // time to live used up
-	DROP_NO_RING,	    // a service without a ring: a configuration half taken away
+	DROP_NO_RING,	    // no ring, backend, source address or method for it: a configuration half taken away
 	VERDICT_COUNT,
 };
 
@@ -319,6 +319,7 @@ struct port_choice {
 	__be16 port;
 	__u16 pad;
 	union tuple reply;
+	__u32 popped; // a number just taken from a queue
 };
 
 struct reply_choice {

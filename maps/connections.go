@@ -22,6 +22,9 @@ const (
 	StateClientRST  = State(bpf.FairleadConnectionStateSTATE_CLIENT_RESET)
 	StateBackendRST = State(bpf.FairleadConnectionStateSTATE_BACKEND_RESET)
 	StateStateless  = State(bpf.FairleadConnectionStateSTATE_STATELESS)
+
+	stateClientFINKnown  = State(bpf.FairleadConnectionStateSTATE_CLIENT_FIN_KNOWN)
+	stateBackendFINKnown = State(bpf.FairleadConnectionStateSTATE_BACKEND_FIN_KNOWN)
 )
 
 // Closing tells whether the connection's end has been seen: RST from either end, FIN from both, or from the client alone
@@ -36,8 +39,16 @@ func (s State) Closing() bool {
 	return s&StateClientFIN != 0 && s&StateBackendFIN != 0
 }
 
+// ended tells whether FINs have been seen that would close the connection. A retransmission takes the closing back, as it
+// may be the sign that the FIN was a stranger's; but nothing may follow it.
+func (s State) ended() bool {
+	return s&stateClientFINKnown != 0 && s&(stateBackendFINKnown|StateStateless) != 0
+}
+
 // marked tells whether the entry is an exception for its own sake.
-func (s State) marked() bool { return s.Closing() || s&StateIdle != 0 }
+func (s State) marked() bool {
+	return s.Closing() || s&(StateIdle|StateYoung|stateClientFINKnown|stateBackendFINKnown) != 0
+}
 
 // String is the one word for a state: half-open is the other table's.
 func (s State) String() string {

@@ -58,7 +58,7 @@ type Service struct {
 	Leaving        bool
 	OnBackendDown  DownPolicy
 	IdleTimeout    time.Duration
-	written        bool // the maps hold it
+	written, dirty bool // the maps hold it; not as it is here
 }
 
 // AddrPort is the service's address and port.
@@ -79,6 +79,7 @@ type Backend struct {
 	pools   []uint32
 	turn    uint32 // which half of the entry holds the next hop
 	written bool   // the maps hold it
+	dirty   bool   // not as it is here
 }
 
 // NextHop is where frames to a backend go. Not Known: Reason says why.
@@ -88,6 +89,16 @@ type NextHop struct {
 	MAC, SourceMAC [6]byte
 	MTU            uint32
 	Reason         string // at most 63 bytes
+	Pending        bool   // being asked for: one known before holds until there is an answer
+}
+
+// followedBy is the next hop after news of it.
+func (h NextHop) followedBy(news NextHop) NextHop {
+	if news.Pending && !news.Known && h.Known {
+		return h
+	}
+	news.Pending = false
+	return news
 }
 
 // Source is a source address of fullnat and its ports, both ends included.

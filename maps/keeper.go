@@ -14,10 +14,7 @@ import (
 // What the Manager does as time goes by: it turns epochs, settles slots, lets go of what has ended, and rebuilds the
 // exception bitmap.
 
-// rebuildScans is how many walks of the tables the exception bitmap serves: ended exceptions vanish with the next one.
-const rebuildScans = 6
-
-// youngTimeout is the idle timeout of young entries. They go after twice as long.
+// youngTimeout is the idle timeout of young entries, and of those that FINs seem to have ended. They go after twice as long.
 const youngTimeout = 150 * time.Second
 
 // Keep turns epochs and tends the tables until ctx ends. A failure is logged, and tried again an epoch later.
@@ -141,22 +138,19 @@ func (m *Manager) exceptional(t Tuple, hash uint64, service, backend uint32, sta
 // What has no connection left and is leaving goes too.
 func (m *Manager) tendTables() error {
 	now := Now()
-	rebuild := m.scans%rebuildScans == rebuildScans-1
-	m.scans++
+	// The exception bitmap is rebuilt aside on the way, so that ended exceptions vanish. New ones are noted in both.
 	next := m.set.Control.exceptionIndex() ^ 1
-	if rebuild {
-		clearWords(&m.set.Bitmaps.set.Exception[next])
-		m.set.Control.setExceptionBoth(true)
-		defer m.set.Control.setExceptionBoth(false)
-		if err := m.wait(); err != nil {
-			return err
-		}
+	clearWords(&m.set.Bitmaps.set.Exception[next])
+	m.set.Control.setExceptionBoth(true)
+	defer m.set.Control.setExceptionBoth(false)
+	if err := m.wait(); err != nil {
+		return err
 	}
-	conns, sourceConns := make(map[uint32]int), make(map[uint32]int) // by backend, by source address
+	conns, pools := make(map[uint32]int), make(map[poolUser]int)
 	count := func(backend, source uint32, port uint16) {
 		conns[backend]++
 		if port != 0 {
-			sourceConns[source]++
+			pools[poolUser{backend, source}]++
 		}
 	}
 	tending := tending{program: m.tend}
@@ -166,22 +160,18 @@ func (m *Manager) tendTables() error {
 			return tending.add(h.Tuple, bpf.FairleadTendWhatTEND_REMOVE_HALF_OPEN, h.Generation, 0)
 		}
 		count(h.Backend, h.Source, h.SourcePort)
-		if hash := h.Tuple.Hash(); rebuild && m.exceptional(h.Tuple, hash, h.Service, h.Backend, 0) {
-			m.set.Bitmaps.setException(hash, next)
-		}
+		m.set.Bitmaps.setException(h.Tuple.Hash(), next) // until it is confirmed, the tables are asked
 		return nil
 	}); err != nil {
 		return err
 	}
 	if err := m.set.Connections.Walk(func(c *Connection) error {
 		count(c.Backend, c.Source, c.SourcePort)
-		if rebuild {
-			if hash := c.Tuple.Hash(); m.exceptional(c.Tuple, hash, c.Service, c.Backend, c.State) {
-				m.set.Bitmaps.setException(hash, next)
-			}
+		if hash := c.Tuple.Hash(); m.exceptional(c.Tuple, hash, c.Service, c.Backend, c.State) {
+			m.set.Bitmaps.setException(hash, next)
 		}
 		timeout := Ticks(youngTimeout)
-		if s := m.services[c.Service]; s != nil && c.State&StateYoung == 0 {
+		if s := m.services[c.Service]; s != nil && (c.State&StateYoung == 0 && !c.State.ended() || Ticks(s.IdleTimeout) < timeout) {
 			timeout = Ticks(s.IdleTimeout)
 		}
 		switch {
@@ -203,13 +193,11 @@ func (m *Manager) tendTables() error {
 	if err := tending.flush(); err != nil {
 		return err
 	}
-	if rebuild {
-		m.set.Control.setExceptionIndex(next)
-		if err := m.wait(); err != nil {
-			return err
-		}
+	m.set.Control.setExceptionIndex(next)
+	if err := m.wait(); err != nil {
+		return err
 	}
-	return m.removeLeft(conns, sourceConns)
+	return m.removeLeft(conns, pools)
 }
 
 // tending hands requests to the data plane's program `tend`, which looks at each entry again before it obeys.

@@ -100,11 +100,11 @@ type Manager struct {
 	turned  uint32         // tick of the last epoch turned
 	scans   uint32         // tables walked
 	empty   map[uint32]int // leaving backends: walks in a row that met no connection of theirs
-	// emptySources is the same for source addresses.
-	emptySources map[uint32]int
-	poolNumbers  map[uint32]bool
-	nextPool     uint32    // no number below is free
-	barrier      *ebpf.Map // an inner map for the entry that is updated to wait for the data plane
+	// emptyPools is the same for port pools that no backend has any more.
+	emptyPools  map[uint32]int
+	poolNumbers map[uint32]bool
+	nextPool    uint32    // no number below is free
+	barrier     *ebpf.Map // an inner map for the entry that is updated to wait for the data plane
 }
 
 // liveRing is a service's ring in the maps.
@@ -134,7 +134,7 @@ func NewManager(raw *bpf.FairleadMaps, opts ManagerOptions) (*Manager, error) {
 	m := &Manager{
 		set: set, tend: opts.Tend, fill: opts.Fill, epoch: opts.Epoch, log: cmp.Or(opts.Logger, slog.Default()),
 		services: make(map[uint32]*Service), backends: make(map[uint32]*Backend), sources: make(map[uint32]*Source),
-		pools: make(map[poolKey]uint32), rings: make(map[uint32]*liveRing), empty: make(map[uint32]int), emptySources: make(map[uint32]int),
+		pools: make(map[poolKey]uint32), rings: make(map[uint32]*liveRing), empty: make(map[uint32]int), emptyPools: make(map[uint32]int),
 		poolNumbers: make(map[uint32]bool),
 		granted:     Now(), turned: Now(),
 	}
@@ -188,6 +188,9 @@ func (m *Manager) adopt() error {
 	}
 	for i := range inv.Sources {
 		m.sources[inv.Sources[i].ID] = &inv.Sources[i]
+		if err := m.putSourceNumber(&inv.Sources[i]); err != nil { // a killed daemon may not have come to it
+			return err
+		}
 	}
 	for i := range inv.Backends {
 		b := &inv.Backends[i]
@@ -267,28 +270,32 @@ func (m *Manager) Apply(w Wanted, hop func(netip.Addr) NextHop) (changes []strin
 		}
 	}
 	for _, s := range m.services {
-		if keep[s.ID] || s.Leaving {
+		if keep[s.ID] || s.Leaving && !s.dirty {
 			continue
 		}
 		if !s.written { // of an Apply that failed before it came to it
+			if r := m.rings[s.ID]; r != nil {
+				r.m.Close()
+				delete(m.rings, s.ID)
+			}
 			delete(m.services, s.ID)
 			continue
 		}
-		s.Leaving = true
+		s.Leaving, s.dirty = true, true
 		say("service %s leaving: no new connections", s.Name)
 		if err := m.writeService(s); err != nil {
 			return changes, err
 		}
 	}
 	for _, b := range m.backends {
-		if stay[b.ID] || b.Leaving {
+		if stay[b.ID] || b.Leaving && !b.dirty {
 			continue
 		}
 		if !b.written {
 			delete(m.backends, b.ID)
 			continue
 		}
-		b.Leaving = true
+		b.Leaving, b.dirty = true, true
 		say("backend %s leaving: no new connections", m.fullName(b))
 		if err := m.writeBackend(b); err != nil {
 			return changes, err
@@ -308,6 +315,13 @@ func (m *Manager) fullName(b *Backend) string {
 		return s.Name + "/" + b.Name
 	}
 	return b.Name
+}
+
+// Refuse says what Apply would refuse of a wanted configuration, and changes nothing. Errors: ErrFixed.
+func (m *Manager) Refuse(w Wanted) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.refuse(w)
 }
 
 // refuse says what of a wanted configuration can't be had, all of it, before anything is changed.
@@ -423,12 +437,13 @@ func (m *Manager) backendsFor(p *plan, known map[identity]*Backend, hop func(net
 			m.backends[id], known[key] = b, b
 		}
 		b.Weight, b.Leaving, b.Up = wb.Weight, false, true
-		b.NextHop = hop(b.Address)
+		b.NextHop = b.NextHop.followedBy(hop(b.Address))
 		if b.pools, err = m.poolsFor(b, wb.Sources); err != nil {
 			return nil, err
 		}
 		if !slices.Equal(before.pools, b.pools) || before.Weight != b.Weight || before.Leaving || !before.Up ||
-			before.NextHop != b.NextHop {
+			before.NextHop != b.NextHop || b.dirty || !b.written {
+			b.dirty = true
 			write = append(write, b)
 		}
 		delete(m.empty, b.ID)
@@ -487,7 +502,7 @@ func (m *Manager) writeBackend(b *Backend) error {
 	if err := m.set.raw.BackendInfo.Put(b.ID, &info); err != nil {
 		return fmt.Errorf("write the name of backend %d: %w", b.ID, err)
 	}
-	b.written = true
+	b.written, b.dirty = true, false
 	return nil
 }
 
@@ -498,9 +513,11 @@ func (m *Manager) SetNextHops(hops map[netip.Addr]NextHop) (turned []Backend, er
 	defer m.mu.Unlock()
 	for _, b := range m.backends {
 		hop, ok := hops[b.Address]
-		if !ok || hop == b.NextHop {
+		hop = b.NextHop.followedBy(hop)
+		if !ok || hop == b.NextHop && !b.dirty {
 			continue
 		}
+		b.dirty = true
 		came := hop.Known != b.NextHop.Known
 		b.NextHop = hop
 		if err := m.writeBackend(b); err != nil {
@@ -627,9 +644,10 @@ func (m *Manager) putService(s *Service, ws *WantedService) error {
 	before := *s
 	s.Name, s.OnBackendDown, s.IdleTimeout, s.Leaving = ws.Name, ws.OnBackendDown, ws.IdleTimeout, false
 	s.RingFirst = slices.ContainsFunc(ws.Backends, func(b WantedBackend) bool { return b.Method.Stateless() })
-	if before == *s && s.written {
+	if before == *s && s.written && !s.dirty {
 		return nil
 	}
+	s.dirty = true
 	return m.writeService(s)
 }
 
@@ -656,7 +674,7 @@ func (m *Manager) writeService(s *Service) error {
 	if err := table.Put(key, &v); err != nil {
 		return fmt.Errorf("write service %s: %w", s.Name, err)
 	}
-	s.written = true
+	s.written, s.dirty = true, false
 	return nil
 }
 
@@ -685,7 +703,7 @@ func zeroPerCPU[T any](table *ebpf.Map, id uint32) error {
 // removeLeft takes out what was leaving and has no connection any more, by two walks in a row: a connection begun just
 // before the ring was swapped may have been missed by one. A leaving service keeps its ring, and the ring its backends,
 // until all of them can go.
-func (m *Manager) removeLeft(conns, sourceConns map[uint32]int) error {
+func (m *Manager) removeLeft(conns map[uint32]int, pools map[poolUser]int) error {
 	done := func(b *Backend) bool { return b.Leaving && m.empty[b.ID] >= 2 }
 	inUse := make(map[uint32]bool) // services
 	for id, b := range m.backends {
@@ -719,7 +737,7 @@ func (m *Manager) removeLeft(conns, sourceConns map[uint32]int) error {
 		delete(m.empty, id)
 		m.log.Info("backend removed: its last connection has ended", "backend", b.Name, "address", b.Address)
 	}
-	return m.removeUnusedSources(sourceConns)
+	return m.removeUnusedSources(pools)
 }
 
 func (m *Manager) removeService(s *Service) error {

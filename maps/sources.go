@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/cilium/ebpf"
 
@@ -53,12 +54,20 @@ func (m *Manager) sourceFor(ws WantedSource) (*Source, error) {
 	if err := m.set.raw.Sources.Put(id, &v); err != nil {
 		return nil, fmt.Errorf("write source address %v: %w", s.Address, err)
 	}
-	table, key := m.sourceEntry(s)
-	if err := table.Put(key, id); err != nil {
-		return nil, fmt.Errorf("write source address %v: %w", s.Address, err)
+	if err := m.putSourceNumber(s); err != nil {
+		return nil, err
 	}
 	m.sources[id] = s
 	return s, nil
+}
+
+// putSourceNumber lets replies find a source address.
+func (m *Manager) putSourceNumber(s *Source) error {
+	table, key := m.sourceEntry(s)
+	if err := table.Put(key, s.ID); err != nil {
+		return fmt.Errorf("write source address %v: %w", s.Address, err)
+	}
+	return nil
 }
 
 func (m *Manager) sourceEntry(s *Source) (table *ebpf.Map, key any) {
@@ -151,25 +160,31 @@ func (m *Manager) fillPool(p pendingPool) error {
 // xdpPass is XDP_PASS: what the data plane's programs for the daemon answer when all went well.
 const xdpPass = 2
 
+// poolUser is who uses ports of a source address: a backend, by number.
+type poolUser struct{ backend, source uint32 }
+
 // removeUnusedSources takes out port pools that no backend has, and source addresses that no pool and no configuration has.
-// A source address that a backend lost stays as long as connections use it.
-func (m *Manager) removeUnusedSources(conns map[uint32]int) error {
+// A pool that its backends lost stays as long as connections use it.
+func (m *Manager) removeUnusedSources(users map[poolUser]int) error {
 	inUse := make(map[uint32]bool)
 	for _, b := range m.backends {
 		for _, id := range b.pools {
 			inUse[id] = true
 		}
 	}
-	for id := range m.sources {
-		if conns[id] == 0 {
-			m.emptySources[id]++
-		} else {
-			delete(m.emptySources, id)
+	for user := range users {
+		if b := m.backends[user.backend]; b != nil {
+			inUse[m.pools[poolKey{b.Address, b.Port, protocolTCP, user.source}]] = true
 		}
 	}
 	needed := make(map[uint32]bool)
 	for key, id := range m.pools {
-		if inUse[id] || m.emptySources[key.source] < 2 {
+		if inUse[id] {
+			delete(m.emptyPools, id)
+			needed[key.source] = true
+			continue
+		}
+		if m.emptyPools[id]++; m.emptyPools[id] < 2 {
 			needed[key.source] = true
 			continue
 		}
@@ -184,10 +199,12 @@ func (m *Manager) removeUnusedSources(conns map[uint32]int) error {
 		}
 		delete(m.pools, key)
 		delete(m.poolNumbers, id)
+		delete(m.emptyPools, id)
 		m.nextPool = min(m.nextPool, id)
+		m.pending = slices.DeleteFunc(m.pending, func(p pendingPool) bool { return p.id == id })
 	}
 	for id, s := range m.sources {
-		if needed[id] || m.wanted[s.Address] || m.emptySources[id] < 2 {
+		if needed[id] || m.wanted[s.Address] {
 			continue
 		}
 		table, key := m.sourceEntry(s)
@@ -198,7 +215,6 @@ func (m *Manager) removeUnusedSources(conns map[uint32]int) error {
 			return fmt.Errorf("clear source address %v: %w", s.Address, err)
 		}
 		delete(m.sources, id)
-		delete(m.emptySources, id)
 	}
 	return nil
 }

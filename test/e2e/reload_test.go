@@ -220,3 +220,57 @@ func TestNeighbors(t *testing.T) {
 	c.open(60) // every SYN finds another backend
 	c.unhurt()
 }
+
+// TestDefaultInterfaces: nobody names an interface. Those towards backends and those of default routes are found, and they
+// stay as long as living connections may need them.
+func TestDefaultInterfaces(t *testing.T) {
+	topo, s := mustTopology(t, lab.TwoArm, "e2eifaces", "fullnat", false, 2, lab.Options{})
+	for _, b := range topo.Backends() {
+		mustServe(t, b)
+	}
+	e := newEdge(t, topo, "xdp: native", "epoch: 500ms")
+	e.write(s)
+	e.start()
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	clients, err := topo.Clients.StartClients()
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := &chatting{edge: e, topo: topo, service: s, clients: clients, ctx: ctx}
+	c.open(50)
+	if err := clients.Chatter(ctx, lab.ChatterOptions{Rate: 500}); err != nil {
+		t.Fatal(err)
+	}
+	c.unhurt()
+	// The only backend now is one on the other interface: the old ones' interface is kept for their connections.
+	elsewhere := s
+	elsewhere.backends = []backend{{"elsewhere", topo.RouterAddress(s.address), 1}}
+	if err := topo.Edge.AddRoute(netip.PrefixFrom(elsewhere.backends[0].address, 32), frontGateway(t, topo)); err != nil {
+		t.Fatal(err)
+	}
+	c.edge.reload(elsewhere)
+	c.unhurt()
+	c.kill()
+	c.start()
+	c.unhurt()
+	if n := len(c.attachments()); n != 2 {
+		t.Errorf("%d interfaces are attached, want 2", n)
+	}
+}
+
+// frontGateway is the router's address on the front segment.
+func frontGateway(t *testing.T, topo *lab.Topology) netip.Addr {
+	t.Helper()
+	addresses, err := topo.Router.Addresses("front")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, a := range addresses {
+		if a.Is4() {
+			return a
+		}
+	}
+	t.Fatal("the router has no IPv4 address on the front segment")
+	return netip.Addr{}
+}

@@ -189,6 +189,9 @@ func TestLifeDSR(t *testing.T) {
 			c := s.newClient()
 			first := c.segment(syn, "")
 			c.send(first, forwardNew)
+			if !s.exception(c.client, f.service) {
+				t.Error("no exception bit of a half-open connection")
+			}
 			c.send(first, forwardHalfOpen)
 			c.answer(syn|ack, "")
 
@@ -206,18 +209,23 @@ func TestLifeDSR(t *testing.T) {
 			// Numbers of one side alone don't make it grown.
 			c.send(c.segment(ack, ""), forwardTable)
 			c.send(c.segment(ack|psh, "hello"), forwardTable)
-			if s.fresh(c.client, f.service) {
-				t.Error("a young connection has its fresh bit")
+			if s.fresh(c.client, f.service) || !s.exception(c.client, f.service) {
+				t.Error("want the exception bit of a young connection, and no fresh bit")
 			}
 			s.count(1, 1)
 			c.answer(ack, "hello yourself")
 			c.send(c.segment(ack, ""), forwardTable, matured)
 			s.count(1, 0)
+			if !s.fresh(c.client, f.service) || !s.exception(c.client, f.service) {
+				t.Error("want both bits: the exception bitmap was not rebuilt yet")
+			}
+			c.send(c.segment(ack, ""), forwardTable)
+
+			// Once it is, the ring answers.
+			s.rebuildExceptions()
 			if !s.fresh(c.client, f.service) || s.exception(c.client, f.service) {
 				t.Error("want the fresh bit, and no exception bit")
 			}
-
-			// From now on the ring answers.
 			before := c.entry()
 			c.send(c.segment(ack|psh, "fast"), forwardRing)
 			c.send(c.segment(ack, ""), forwardRing)
@@ -252,6 +260,7 @@ func TestRingAlone(t *testing.T) {
 	each(t, func(t *testing.T, f family) {
 		s := newScene(t, f, dsr, plan{backends: 3})
 		c := s.newClient().open()
+		s.rebuildExceptions()
 		c.send(c.segment(ack, ""), forwardRing)
 		entry := c.entry()
 		s.editEntry(c, nil)
@@ -271,6 +280,7 @@ func TestSlotGivenAway(t *testing.T) {
 	each(t, func(t *testing.T, f family) {
 		s := newScene(t, f, dsr, plan{backends: 2})
 		c := s.newClient().open()
+		s.rebuildExceptions()
 		c.send(c.segment(ack, ""), forwardRing)
 		slot := slotOf(s.service, c.client)
 		other := 3 - c.backend
@@ -293,15 +303,49 @@ func TestSlotGivenAway(t *testing.T) {
 		if c.entry().Backend != c.backend {
 			t.Error("the connection was moved")
 		}
+		s.rebuildExceptions()
+		c.send(c.segment(ack, ""), forwardTable)
+	})
+}
 
-		// While the exception bitmap is rebuilt both are told.
-		s.editControl(func(block *bpf.FairleadControlBlock) { block.ExceptionBoth = 1 })
-		d := s.newClient().open()
-		d.send(d.segment(fin|ack, ""), forwardTable, closingSeen)
-		s.editControl(func(block *bpf.FairleadControlBlock) { block.ExceptionIndex, block.ExceptionBoth = 1, 0 })
-		if !s.exception(d.client, f.service) {
-			t.Error("the bitmap being rebuilt was not told of a closing connection")
+// While the exception bitmap is rebuilt both are told of new exceptions, and the one in use has its old ones still.
+func TestExceptionsRebuilt(t *testing.T) {
+	each(t, func(t *testing.T, f family) {
+		s := newScene(t, f, dsr, plan{backends: 3})
+		exceptional := func(c *conversation, want bool) {
+			t.Helper()
+			if s.exception(c.client, f.service) != want {
+				t.Errorf("%s: exception bit %t, want %t", c.client, !want, want)
+			}
 		}
+		plain, closing, idle := s.newClient().open(), s.newClient().open(), s.newClient().open()
+		halfOpen, adopted := s.newClient(), s.newClient()
+		all := []*conversation{plain, closing, idle, halfOpen, adopted}
+		s.rebuildExceptions(func() {
+			for _, c := range all[:3] { // their SYNs set it
+				exceptional(c, true)
+			}
+		})
+		for _, c := range all {
+			exceptional(c, false)
+		}
+		s.rebuildExceptions(func() {
+			plain.send(plain.segment(ack, ""), forwardRing)
+			closing.send(closing.segment(fin|ack, ""), forwardTable, closingSeen)
+			s.tendWant("mark idle", tendDone, idle.asSeen(tendMarkIdle))
+			halfOpen.send(halfOpen.segment(syn, ""), forwardNew)
+			adopted.send(adopted.segment(ack, ""), forwardAdopted, confirmed)
+			for _, c := range all {
+				exceptional(c, c != plain)
+			}
+		})
+		for range 2 {
+			for _, c := range all {
+				exceptional(c, c != plain)
+			}
+			s.rebuildExceptions()
+		}
+		plain.send(plain.segment(ack, ""), forwardRing)
 	})
 }
 
@@ -317,6 +361,7 @@ func TestFreshBitShared(t *testing.T) {
 		s.service.ring[slotOf(s.service, b.client)] = 2
 		s.setRing(1, s.service.ring)
 		a.open()
+		s.rebuildExceptions()
 		a.send(a.segment(ack, ""), forwardRing)
 		s.backends[1].flags = bpf.FairleadBackendFlagBACKEND_UP // no next hop: new connections go elsewhere
 		s.setBackend(s.backends[1])
@@ -329,25 +374,93 @@ func TestFreshBitShared(t *testing.T) {
 		b.answer(ack, "hello")
 		b.send(b.segment(ack, "hello"), forwardTable, matured)
 		b.send(b.segment(ack, "hello"), forwardTable)
+		s.rebuildExceptions()
+		a.send(a.segment(ack, ""), forwardTable) // the confirmation cleared the bit they share
+		a.send(a.segment(ack, ""), forwardRing)
+		b.send(b.segment(ack, "hello"), forwardTable)
 	})
 }
 
-// A SYN clears the fresh bit, whosever it is. Two on their slots' backends that share one cost each other a look-up, or
-// delay the confirmation by an epoch.
+// Two on their slots' backends that share a fresh bit cost each other a look-up, no more: who is half-open or young is
+// asked about in the tables, though the other has set the bit, until it is grown and the exception bitmap rebuilt.
 func TestFreshBitSharedInSlots(t *testing.T) {
 	each(t, func(t *testing.T, f family) {
 		s := newScene(t, f, dsr, plan{backends: 3})
 		a, b := s.sharingFresh()
+		// byRing shows that a is forwarded by the ring alone, and that b would be, were it not for its exception bit.
+		byRing := func() {
+			t.Helper()
+			a.send(a.segment(ack, ""), forwardRing)
+			if !s.fresh(b.client, f.service) || !s.exception(b.client, f.service) {
+				t.Error("want the fresh bit that is shared, and the exception bit")
+			}
+		}
 		a.open()
+		s.rebuildExceptions()
 		a.send(a.segment(ack, ""), forwardRing)
+
 		b.send(b.segment(syn, ""), forwardNew)
 		b.answer(syn|ack, "")
-		a.send(a.segment(ack, ""), forwardTable)
+		a.send(a.segment(ack, ""), forwardTable) // a SYN clears the fresh bit, whosever it is
+		byRing()
+		s.rebuildExceptions()
+		byRing()
+		b.send(b.segment(ack, ""), forwardHalfOpen, confirmed)
+		s.count(2, 1)
+
+		a.send(a.segment(ack, ""), forwardTable) // so does who is confirmed as young
+		byRing()
+		b.send(b.segment(ack, ""), forwardTable)
+		s.rebuildExceptions()
+		byRing()
+		b.send(b.segment(ack, ""), forwardTable)
+		b.answer(ack, "hello")
+		b.send(b.segment(ack|psh, "hello"), forwardTable, matured)
+		s.count(2, 0)
+
+		byRing()
+		b.send(b.segment(ack, ""), forwardTable)
+		s.rebuildExceptions()
+		before := b.entry()
+		b.send(b.segment(ack|psh, "fast"), forwardRing)
 		a.send(a.segment(ack, ""), forwardRing)
+		if after := b.entry(); after != before {
+			t.Errorf("the fast path touched the table: %+v, was %+v", after, before)
+		}
+	})
+}
+
+// The same of a connection that is adopted. One that nobody knows has no exception bit: a fresh bit that it shares
+// delays its adoption by an epoch.
+func TestFreshBitSharedWithAdopted(t *testing.T) {
+	each(t, func(t *testing.T, f family) {
+		s := newScene(t, f, dsr, plan{backends: 3})
+		a, b := s.sharingFresh()
+		b.send(b.segment(ack|psh, "we know each other"), forwardAdopted, confirmed)
+		a.open()
+		for range 2 {
+			s.rebuildExceptions()
+			a.send(a.segment(ack, ""), forwardRing)
+			if !s.fresh(b.client, f.service) || !s.exception(b.client, f.service) {
+				t.Error("want the fresh bit that is shared, and the exception bit")
+			}
+			b.send(b.segment(ack, ""), forwardTable)
+			s.count(2, 1)
+		}
+		b.answer(ack, "more")
+		b.send(b.segment(ack|psh, "more"), forwardTable, matured)
+		b.send(b.segment(ack, ""), forwardTable)
+		s.rebuildExceptions()
+		b.send(b.segment(ack, ""), forwardRing)
+		a.send(a.segment(ack, ""), forwardRing)
+
+		s = newScene(t, f, dsr, plan{backends: 3})
+		a, b = s.sharingFresh()
+		a.open()
 		b.send(b.segment(ack, ""), forwardRing)
 		b.absent()
 		s.editControl(func(block *bpf.FairleadControlBlock) { block.Epoch++ })
-		b.send(b.segment(ack, ""), forwardHalfOpen, confirmed)
+		b.send(b.segment(ack, ""), forwardAdopted, confirmed)
 	})
 }
 
@@ -372,7 +485,7 @@ func TestAffinityByClient(t *testing.T) {
 	})
 }
 
-// Replies go back by the hop that the client's last packet came from.
+// Replies go back by the hop that the client's last packet came from, if its numbers are the client's.
 func TestHopFollowsClient(t *testing.T) {
 	each(t, func(t *testing.T, f family) {
 		s := newScene(t, f, fullnat, plan{})
@@ -384,6 +497,14 @@ func TestHopFollowsClient(t *testing.T) {
 		c.from = theKernel.back // the same, on another device
 		c.send(c.segment(ack, ""), forwardTable)
 		c.reply(c.answer(ack, "three"), replyTable)
+		client := *c
+		c.from, c.router = theKernel.front, mac("02:00:00:00:00:fc") // a stranger
+		c.send(c.segment(ack, "").atSequence(c.seq+1<<30), forwardTable)
+		for _, flags := range []uint8{rst, fin | ack} {
+			c.send(c.segment(flags, "").atSequence(client.seq+1<<30), forwardTable, closingUnfit)
+		}
+		c.from, c.router, c.seq = client.from, client.router, client.seq
+		c.reply(c.answer(ack, "four"), replyTable)
 	})
 }
 
@@ -398,13 +519,14 @@ func TestManyCPUs(t *testing.T) {
 			s.cpu = 1
 			c.finishOpening()
 			s.cpu = 0
+			s.rebuildExceptions()
 			c.send(c.segment(ack|psh, "data"), c.settledVerdict())
 		}
 		s.count(8, 0)
 	})
 }
 
-// settledVerdict is that of a grown connection's plain packet.
+// settledVerdict is that of a grown connection's plain packet, once the exception bitmap was rebuilt.
 func (c *conversation) settledVerdict() verdict {
 	if c.method == dsr {
 		return forwardRing

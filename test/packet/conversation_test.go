@@ -62,6 +62,7 @@ type scene struct {
 	sources  []source
 	ports    map[portUse]*conversation // who was last given a port
 	clients  int
+	known    []netip.AddrPort // clients met, connected or not
 }
 
 type portUse struct {
@@ -169,6 +170,7 @@ func (s *scene) newClient() *conversation {
 
 func (s *scene) clientAt(client netip.AddrPort) *conversation {
 	port := uint32(client.Port())
+	s.known = append(s.known, client)
 	return &conversation{
 		scene: s, client: client, source: client, from: theKernel.front, router: routerMAC,
 		seq: 0xfffffff0 + port*7919, ack: 0x7ffffff0 + port*104729, // numbers wrap in many a test
@@ -428,6 +430,34 @@ func (s *scene) editEntry(c *conversation, entry *bpf.FairleadConnection) {
 	} else {
 		s.must(table.Put(key, entry))
 	}
+}
+
+// rebuildExceptions does what the daemon does in each epoch: it makes the exception bitmap anew beside the one in use,
+// with the bits of those who are half-open, young, closing or not far from it, idle, or not on their slot's backend, and
+// then shows it to the programs. What happens meanwhile comes after the walk over the tables, where only the programs can
+// note it.
+func (s *scene) rebuildExceptions(meanwhile ...func()) {
+	s.Helper()
+	set, next := s.bitmaps(), s.control().ExceptionIndex&1^1
+	clear(set.Exception[next][:])
+	for _, client := range s.known {
+		_, exceptional := s.halfOpen(client, s.service.address)
+		if entry, found := s.connection(client, s.service.address); found {
+			exceptional = exceptional || maps.State(entry.State).Closing() ||
+				entry.State&(young|idleMark|clientFINKnown|backendFINKnown) != 0 ||
+				entry.Backend != ringAnswer(s.service, client)
+		}
+		if exceptional {
+			place := maps.ExceptionBit(hashOf(client, s.service.address))
+			set.Exception[next][place/64] |= 1 << (place % 64)
+		}
+	}
+	s.must(s.Bitmaps.Put(uint32(0), set))
+	s.editControl(func(block *bpf.FairleadControlBlock) { block.ExceptionBoth = 1 })
+	for _, happens := range meanwhile {
+		happens()
+	}
+	s.editControl(func(block *bpf.FairleadControlBlock) { block.ExceptionIndex, block.ExceptionBoth = next, 0 })
 }
 
 // slotOf is the slot of a client's connection in a ring chosen by the 4-tuple.

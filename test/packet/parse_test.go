@@ -101,6 +101,7 @@ func TestVariants(t *testing.T) {
 				c.seq = opening.end()
 				c.send(opening, forwardNew)
 				c.finishOpening()
+				s.rebuildExceptions()
 				data := c.segment(ack, "")
 				v.make(&data)
 				c.seq = data.end()
@@ -170,6 +171,7 @@ func TestTruncated(t *testing.T) {
 	eachMethod(t, func(t *testing.T, f family, method bpf.FairleadMethod) {
 		s := newScene(t, f, method, plan{})
 		c := s.newClient().open()
+		s.rebuildExceptions()
 		cut := func(whole segment) func(frame []byte) verdict {
 			return func(frame []byte) verdict {
 				if len(frame) < whole.tcpOffset()+4 {
@@ -203,6 +205,24 @@ func TestTruncated(t *testing.T) {
 				c.replyRaw(data, frame[:n], expected(frame[:n]))
 			}
 			c.reply(data, replyTable)
+		}
+		if method != fullnat {
+			return
+		}
+		// To a port of ours that no connection has: the host's stack may tell what it thinks of it.
+		unknown := s.newClient()
+		unknown.backend, unknown.source = 1, netip.AddrPortFrom(s.sources[0].address, s.sources[0].last)
+		if unknown.source == c.source {
+			unknown.source = netip.AddrPortFrom(s.sources[0].address, s.sources[0].first)
+		}
+		data := unknown.answer(ack, "payload")
+		frame, expected := data.bytes(), cut(data)
+		for n := ethernetHeader; n < len(frame); n++ {
+			want := expected(frame[:n])
+			if want == dropTruncated {
+				want = passReplyUnknown
+			}
+			unknown.replyRaw(data, frame[:n], want)
 		}
 	})
 }
@@ -352,9 +372,13 @@ func TestFlags(t *testing.T) {
 func TestFlagsEstablished(t *testing.T) {
 	eachMethod(t, func(t *testing.T, f family, method bpf.FairleadMethod) {
 		s := newScene(t, f, method, plan{ports: 600})
-		for flags := range 256 {
+		var open [256]*conversation
+		for flags := range open {
+			open[flags] = s.newClient().open()
+		}
+		s.rebuildExceptions()
+		for flags, c := range open {
 			flags := uint8(flags)
-			c := s.newClient().open()
 			packet := c.segment(flags, "x")
 			switch {
 			case flags&syn != 0 && flags&(ack|fin|rst) != 0, flags&(syn|ack|rst) == 0:
@@ -414,6 +438,7 @@ func TestNotOurs(t *testing.T) {
 	eachMethod(t, func(t *testing.T, f family, method bpf.FairleadMethod) {
 		s := newScene(t, f, method, plan{})
 		c := s.newClient().open()
+		s.rebuildExceptions()
 		pass := func(name string, frame []byte) {
 			t.Run(name, func(t *testing.T) {
 				s.in(t)
@@ -524,6 +549,7 @@ func TestSettings(t *testing.T) {
 			c.send(c.segment(syn, ""), test.verdict)
 			if !test.ownClass {
 				c.finishOpening()
+				s.rebuildExceptions()
 				c.send(c.segment(ack, "data"), c.settledVerdict())
 			}
 		})

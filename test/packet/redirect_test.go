@@ -83,6 +83,7 @@ func TestRedirect(t *testing.T) {
 			s.backends[0].mac[3], s.backends[0].mac[4] = byte(method), f.client.AsSlice()[0] // no other test's
 			s.setBackend(s.backends[0])
 			c := s.newClient().open()
+			s.rebuildExceptions()
 			c.router = s.backends[0].mac
 			c.router[0] = 6
 			c.send(c.segment(ack, ""), c.settledVerdict())

@@ -65,6 +65,7 @@ func TestResetSYN(t *testing.T) {
 
 		s := newScene(t, f, method, plan{backends: 2})
 		living := s.newClient().open()
+		s.rebuildExceptions()
 		s.service.flags |= bpf.FairleadServiceFlagSERVICE_LEAVING
 		s.setService(s.service)
 		refused(s, resetLeaving)
@@ -133,6 +134,7 @@ func TestTableFull(t *testing.T) {
 		}
 		// Whose SYN there was room for is served while half-open, and noted once there is room again.
 		early.send(early.segment(ack, ""), forwardHalfOpen, tableFull)
+		s.rebuildExceptions()
 		for _, c := range living {
 			c.send(c.segment(ack, "data"), c.settledVerdict())
 		}
@@ -153,6 +155,7 @@ func TestInsertFailed(t *testing.T) {
 		suffix := f.name[len(f.name)-1:]
 		s := newScene(t, f, method, plan{settings: []setting{capacity("connections"+suffix, 1)}})
 		living := s.newClient().open()
+		s.rebuildExceptions()
 		c := s.newClient()
 		c.send(c.segment(syn, ""), forwardNew)
 		synAck := c.answer(syn|ack, "")
@@ -190,6 +193,7 @@ func TestBackendDown(t *testing.T) {
 		} {
 			s := newScene(t, f, method, plan{backends: 2, policy: policy})
 			c, other := s.clientOf(1).open(), s.clientOf(2).open()
+			s.rebuildExceptions()
 			half := s.clientOf(1)
 			half.send(half.segment(syn, ""), forwardNew)
 			s.backends[0].flags &^= bpf.FairleadBackendFlagBACKEND_UP
@@ -270,6 +274,7 @@ func TestBackendUpAgain(t *testing.T) {
 	eachMethod(t, func(t *testing.T, f family, method bpf.FairleadMethod) {
 		s := newScene(t, f, method, plan{backends: 2})
 		c := s.clientOf(1).open()
+		s.rebuildExceptions()
 		s.backends[0].flags &^= bpf.FairleadBackendFlagBACKEND_UP
 		s.setBackend(s.backends[0])
 		c.send(c.segment(ack, ""), resetBackendDown)
@@ -290,6 +295,7 @@ func TestNoNeighborAndLeaving(t *testing.T) {
 		}
 		s.service.ring[slotOf(s.service, c.client)] = 1
 		s.setRing(1, s.service.ring)
+		s.rebuildExceptions()
 		for _, flags := range []bpf.FairleadBackendFlag{
 			bpf.FairleadBackendFlagBACKEND_UP,
 			up | bpf.FairleadBackendFlagBACKEND_LEAVING,
@@ -312,6 +318,7 @@ func TestNoNeighborAndLeaving(t *testing.T) {
 				t.Error("no exception bit of a connection on another backend than its slot's")
 			}
 			d.send(d.segment(ack, "data"), forwardTable)
+			s.rebuildExceptions()
 			d.send(d.segment(ack, "data"), forwardTable)
 		}
 		s.backends[1].flags = bpf.FairleadBackendFlagBACKEND_UP
@@ -341,6 +348,8 @@ func TestAdoption(t *testing.T) {
 		c.send(c.segment(ack|psh, "more"), forwardTable)
 		c.answer(ack, "more")
 		c.send(c.segment(ack|psh, "more"), forwardTable, matured)
+		c.send(c.segment(ack|psh, "more"), forwardTable)
+		s.rebuildExceptions()
 		c.send(c.segment(ack|psh, "more"), forwardRing)
 		s.count(1, 0)
 		for _, flags := range []uint8{rst, rst | ack, fin | ack} {
@@ -390,7 +399,10 @@ func TestYoungBudget(t *testing.T) {
 		second.send(second.segment(ack|psh, "grown"), forwardHalfOpen, confirmed)
 		s.count(2, 1)
 		second.send(second.segment(ack, ""), forwardTable)
+		second.send(second.segment(ack, ""), forwardTable)
+		s.rebuildExceptions()
 		second.send(second.segment(ack, ""), forwardRing)
+		first.send(first.segment(ack, ""), forwardTable)
 		s.remove(first)
 		s.count(1, 0)
 		unknown.send(unknown.segment(ack, ""), forwardAdopted, confirmed)

@@ -6,6 +6,7 @@ import (
 	"testing"
 
 	"fairlead/bpf"
+	"fairlead/maps"
 
 	"github.com/google/go-cmp/cmp"
 )
@@ -65,9 +66,12 @@ func (c *conversation) asSeen(what bpf.FairleadTendWhat) bpf.FairleadTendRecord 
 	return record(what, c.client, c.scene.service.address, entry.Generation, entry.Seen)
 }
 
-// remove ends a connection as the daemon does.
+// remove ends a connection as the daemon does: only what is closing or idle goes.
 func (s *scene) remove(c *conversation) {
 	s.Helper()
+	if state := maps.State(c.entry().State); !state.Closing() && state&maps.StateIdle == 0 {
+		s.tendWant("mark idle", tendDone, c.asSeen(tendMarkIdle))
+	}
 	if answer := s.tend(c.asSeen(tendRemove))[0]; answer != tendDone {
 		s.Fatalf("remove %s: %d", c.client, answer)
 	}
@@ -90,6 +94,7 @@ func TestTend(t *testing.T) {
 	eachMethod(t, func(t *testing.T, f family, method bpf.FairleadMethod) {
 		s := newScene(t, f, method, plan{backends: 2})
 		c := s.newClient().open()
+		s.rebuildExceptions()
 		c.send(c.segment(ack, ""), c.settledVerdict())
 
 		stranger := s.newClient()
@@ -134,6 +139,8 @@ func TestTend(t *testing.T) {
 		s.await(before.Seen + 1)
 		c.send(c.segment(ack, ""), forwardTable)
 		s.tendWant("a packet since", tendChanged, before)
+		s.tendWant("mark idle", tendDone, c.asSeen(tendMarkIdle))
+		s.tendWant("a packet since, and idle", tendChanged, before)
 		s.count(1, 0)
 
 		s.remove(c)
@@ -161,6 +168,7 @@ func TestTendMany(t *testing.T) {
 		for range 40 {
 			c := s.newClient()
 			open = append(open, c.open())
+			s.tendWant("mark idle", tendDone, c.asSeen(tendMarkIdle))
 			records = append(records, c.asSeen(tendRemove), record(tendRemove, s.newClient().client, f.service, 0, 0))
 		}
 		s.count(40, 0)

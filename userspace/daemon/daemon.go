@@ -119,8 +119,12 @@ func read(path string) (*config.Config, error) {
 const nextHopsTime = 2 * time.Second
 
 func (d *daemon) start(ctx context.Context) error {
-	d.drain(ctx, d.watcher.Ready())
+	d.drain(ctx, d.watcher.Ready()) // the maps are not there yet: they will ask for what was told
 	wanted, err := d.wanted(d.config)
+	if err != nil {
+		return err
+	}
+	attached, err := attachments(d.config.Dataplane.PinPath)
 	if err != nil {
 		return err
 	}
@@ -150,16 +154,22 @@ func (d *daemon) start(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if err := d.apply(wanted); err != nil {
-		return err
+	d.watcher.SetDestinations(d.destinationsInUse())
+	if len(attached) == 0 {
+		// The maps first: no packet meets a program that has nothing to go by.
+		if err := d.apply(wanted); err != nil {
+			return err
+		}
+		return d.loader.Attach()
+	}
+	// Another program is at work, perhaps without what the configuration now asks for: it is replaced first.
+	if err := d.manager.Refuse(wanted); err != nil {
+		return fmt.Errorf("apply the configuration: %w", err)
 	}
 	if err := d.loader.Attach(); err != nil {
 		return err
 	}
-	for _, at := range d.loader.Attachments() {
-		d.log.Info("attached", "interface", at.Interface, "mode", at.Mode)
-	}
-	return nil
+	return d.apply(wanted)
 }
 
 // check looks at kernel, privileges and interfaces before anything is touched; what can't work ends the start.
@@ -176,18 +186,19 @@ func (d *daemon) check(options loader.Options) error {
 	return errors.Join(errs...)
 }
 
-// drain waits for a channel, taking what the watcher has to tell meanwhile: it must not wait for us.
-func (d *daemon) drain(ctx context.Context, until <-chan struct{}) {
+// drain waits for a channel and answers what the watcher had to tell meanwhile: it must not wait for us.
+func (d *daemon) drain(ctx context.Context, until <-chan struct{}) (moved []neighbor.NextHop) {
 	timeout := time.After(nextHopsTime)
 	for {
 		select {
 		case <-until:
-			return
-		case <-d.moved: // asked for afresh in a moment
+			return moved
+		case hops := <-d.moved:
+			moved = append(moved, hops...)
 		case <-timeout:
-			return
+			return moved
 		case <-ctx.Done():
-			return
+			return moved
 		}
 	}
 }
@@ -223,9 +234,17 @@ func (d *daemon) reload(ctx context.Context) error {
 	if err := d.fixed(cfg); err != nil {
 		return err
 	}
-	d.watcher.SetDestinations(append(destinations(cfg), destinations(d.config)...))
-	d.drain(ctx, d.resolved(ctx, cfg))
+	d.watcher.SetDestinations(append(destinations(cfg), d.destinationsInUse()...))
+	moved := d.drain(ctx, d.resolved(ctx, cfg))
+	defer func() {
+		if later := d.nextHopsChanged(moved); later != nil {
+			d.log.Error("follow next hops", "err", later)
+		}
+	}()
 	wanted, err := d.wanted(cfg)
+	if err == nil {
+		err = d.manager.Refuse(wanted) // before anything is touched
+	}
 	if err == nil {
 		err = d.replace(cfg)
 	}

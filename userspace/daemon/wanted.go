@@ -123,7 +123,7 @@ func (d *daemon) sources(s config.Service, b config.Backend) []netip.Addr {
 func (d *daemon) nextHop(a netip.Addr) maps.NextHop {
 	hop, ok := d.watcher.Lookup(a)
 	if !ok {
-		return maps.NextHop{Reason: "not looked up yet"}
+		return maps.NextHop{Reason: "not looked up yet", Pending: true}
 	}
 	return mapsNextHop(hop)
 }
@@ -132,7 +132,7 @@ func (d *daemon) nextHop(a netip.Addr) maps.NextHop {
 func mapsNextHop(h neighbor.NextHop) maps.NextHop {
 	hop := maps.NextHop{
 		Known:     len(h.MAC) == 6 && len(h.SourceMAC) == 6 && (h.State == neighbor.Resolved || h.State == neighbor.Failed),
-		Interface: uint32(h.Index), MTU: uint32(h.MTU), Reason: h.Reason,
+		Interface: uint32(h.Index), MTU: uint32(h.MTU), Reason: h.Reason, Pending: h.State == neighbor.Resolving,
 	}
 	if len(h.VLAN) > 0 {
 		hop.Known, hop.Reason = false, "the route is over a VLAN, whose tags this version does not write"
@@ -190,8 +190,8 @@ func livingInventory(pinPath string) (*maps.Inventory, error) {
 	return set.Inventory()
 }
 
-// interfaces are those to attach to: as configured, else those with a route to backends and those of default routes,
-// which is where clients come from.
+// interfaces are those to attach to: as configured; else those with a route to backends, those of default routes, which is
+// where clients come from, and those attached already, where living connections may come from.
 func (d *daemon) interfaces(cfg *config.Config) ([]string, error) {
 	if len(cfg.Dataplane.Interfaces) > 0 {
 		return cfg.Dataplane.Interfaces, nil
@@ -202,17 +202,35 @@ func (d *daemon) interfaces(cfg *config.Config) ([]string, error) {
 			found[hop.Interface] = true
 		}
 	}
-	routes, err := netlink.RouteListFiltered(netlink.FAMILY_ALL, &netlink.Route{Dst: nil}, netlink.RT_FILTER_DST)
+	attached, err := attachments(cfg.Dataplane.PinPath)
 	if err != nil {
-		return nil, fmt.Errorf("list default routes: %w", err)
+		return nil, err
 	}
-	for _, r := range routes {
-		if r.LinkIndex == 0 {
+	for _, at := range attached {
+		if at.Index != 0 {
+			found[at.Interface] = true
+		}
+	}
+	devices := make(map[int]bool)
+	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
+		routes, err := netlink.RouteListFiltered(family, &netlink.Route{Dst: nil}, netlink.RT_FILTER_DST)
+		if err != nil {
+			return nil, fmt.Errorf("list default routes: %w", err)
+		}
+		for _, r := range routes {
+			devices[r.LinkIndex] = true
+			for _, hop := range r.MultiPath {
+				devices[hop.LinkIndex] = true
+			}
+		}
+	}
+	for index := range devices {
+		if index == 0 {
 			continue
 		}
-		link, err := netlink.LinkByIndex(r.LinkIndex)
+		link, err := netlink.LinkByIndex(index)
 		if err != nil {
-			return nil, fmt.Errorf("find the device of the default route %v: %w", r, err)
+			return nil, fmt.Errorf("find device %d of a default route: %w", index, err)
 		}
 		if link.Attrs().EncapType == "ether" {
 			found[link.Attrs().Name] = true
@@ -227,6 +245,15 @@ func (d *daemon) interfaces(cfg *config.Config) ([]string, error) {
 	}
 	slices.Sort(list)
 	return list, nil
+}
+
+// attachments are what is attached by the pins; nothing, where there are none.
+func attachments(pinPath string) ([]loader.Attachment, error) {
+	list, err := loader.Links(pinPath)
+	if errors.Is(err, loader.ErrNothing) {
+		return nil, nil
+	}
+	return list, err
 }
 
 func sameInterfaces(attached []loader.Attachment, names []string) bool {
