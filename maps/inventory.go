@@ -90,14 +90,18 @@ type NextHop struct {
 	MTU            uint32
 	Reason         string // at most 63 bytes
 	Pending        bool   // being asked for: one known before holds until there is an answer
+	Gateway        bool   // the way goes by a router
 }
 
-// followedBy is the next hop after news of it.
-func (h NextHop) followedBy(news NextHop) NextHop {
+// followedBy is the next hop after news of it. A router would send a dsr frame, addressed to the service, back here.
+func (h NextHop) followedBy(news NextHop, method Method) NextHop {
 	if news.Pending && !news.Known && h.Known {
 		return h
 	}
 	news.Pending = false
+	if news.Known && news.Gateway && method == MethodDSR {
+		return NextHop{Gateway: true, Reason: "behind a router: dsr takes a backend that is on-link"}
+	}
 	return news
 }
 

@@ -98,7 +98,6 @@ type Manager struct {
 
 	granted uint32         // tick from which idleness counts: nobody turned epochs before
 	turned  uint32         // tick of the last epoch turned
-	scans   uint32         // tables walked
 	empty   map[uint32]int // leaving backends: walks in a row that met no connection of theirs
 	// emptyPools is the same for port pools that no backend has any more.
 	emptyPools  map[uint32]int
@@ -437,7 +436,7 @@ func (m *Manager) backendsFor(p *plan, known map[identity]*Backend, hop func(net
 			m.backends[id], known[key] = b, b
 		}
 		b.Weight, b.Leaving, b.Up = wb.Weight, false, true
-		b.NextHop = b.NextHop.followedBy(hop(b.Address))
+		b.NextHop = b.NextHop.followedBy(hop(b.Address), b.Method)
 		if b.pools, err = m.poolsFor(b, wb.Sources); err != nil {
 			return nil, err
 		}
@@ -513,7 +512,7 @@ func (m *Manager) SetNextHops(hops map[netip.Addr]NextHop) (turned []Backend, er
 	defer m.mu.Unlock()
 	for _, b := range m.backends {
 		hop, ok := hops[b.Address]
-		hop = b.NextHop.followedBy(hop)
+		hop = b.NextHop.followedBy(hop, b.Method)
 		if !ok || hop == b.NextHop && !b.dirty {
 			continue
 		}

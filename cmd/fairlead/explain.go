@@ -181,10 +181,13 @@ func (e *explanation) reasonUnknown(x *maps.Explanation) {
 	default:
 		e.say("A new connection goes to %s.", x.Backend.Name)
 	}
-	if name := x.InMidConnection.Name; name != "" {
+	if name := x.InMidConnection.Name; name != "" && !x.InMidConnection.NextHop.Known {
+		e.say("A packet in mid-connection is dropped: %s has no next hop (%s).", name,
+			cmp.Or(x.InMidConnection.NextHop.Reason, "not resolved yet"))
+	} else if name != "" {
 		e.say("A packet in mid-connection goes to %s, and is noted in the connection table.", name)
-	} else {
-		e.say("A packet in mid-connection is answered RST: its method can't forward it without an entry.")
+	} else if x.Backend.Name != "" {
+		e.say("A packet in mid-connection is answered RST: %s can't forward it without an entry.", x.Backend.Method)
 	}
 }
 

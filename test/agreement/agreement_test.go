@@ -29,7 +29,7 @@ const (
 
 // tally is what was compared.
 type tally struct {
-	sets, syns, refused, conversations, explained, unknown, kept, fast int
+	sets, syns, refused, conversations, explained, unknown, kept, fast, shared, differing int
 
 	verdicts [bpf.FairleadVerdictVERDICT_COUNT]uint64
 	// Pearson's chi-squared of the kernel's choices against the ring's slots, and its degrees of freedom.
@@ -46,6 +46,8 @@ func (t *tally) add(other *tally) {
 	t.unknown += other.unknown
 	t.kept += other.kept
 	t.fast += other.fast
+	t.shared += other.shared
+	t.differing += other.differing
 	t.chi += other.chi
 	t.freedom += other.freedom
 	for i, count := range other.verdicts {
@@ -63,9 +65,10 @@ func (t *tally) String() string {
 	return fmt.Sprintf(`%d tuples over %d sets of backends: the kernel chose as Go computed; %d met a set without weight
 %d whole conversations, %d connections kept over a change of backends; %d segments of unknown connections
 %d explanations named the kernel's choice, %d of them foretold the fast path
+after a turn of the epoch %d connections shared an exception bit, %d were exceptions for their backend's sake
 spread over backends against their slots: chi-squared %.3f per degree of freedom (%d)
 verdicts: %s`, t.syns, t.sets, t.refused, t.conversations, t.kept, t.unknown, t.explained, t.fast,
-		t.chi/float64(max(t.freedom, 1)), t.freedom, strings.Join(verdicts, ", "))
+		t.shared, t.differing, t.chi/float64(max(t.freedom, 1)), t.freedom, strings.Join(verdicts, ", "))
 }
 
 // Go's own hash and ring, computed from names and weights alone, name the backend that the kernel chooses.
@@ -119,9 +122,13 @@ func TestAgreement(t *testing.T) {
 	if spread := all.chi / float64(max(all.freedom, 1)); all.freedom > 2000 && math.Abs(spread-1) > 0.2 {
 		t.Errorf("chi-squared of the spread over backends is %.3f per degree of freedom, want about 1", spread)
 	}
-	if *tuples >= 50_000 && (all.fast == 0 || all.kept == 0 || all.refused == 0 ||
+	if *tuples >= 50_000 && (all.fast == 0 || all.kept == 0 || all.refused == 0 || all.differing == 0 ||
 		all.verdicts[bpf.FairleadVerdictFORWARD_ADOPTED] == 0) {
 		t.Error("one of the ways of a packet was not met")
+	}
+	// The half-open and the young have their bits: at most some 3 % of the bitmap.
+	if all.shared*10 > all.fast+100 {
+		t.Errorf("%d connections had another's exception bit, where %d went by the fast path", all.shared, all.fast)
 	}
 }
 
@@ -133,11 +140,13 @@ func (p *dataplane) agree(tuples int) {
 		s := p.newService(number)
 		now := min(part, tuples)
 		talking := p.ask(s, now)
+		p.turn(s, talking)
 		if tuples -= now; tuples > 0 {
 			p.change(s)
 			for _, c := range talking {
 				p.goesOn(s, c)
 			}
+			p.turn(s, talking)
 			now = min(part, tuples)
 			p.ask(s, now)
 			tuples -= now

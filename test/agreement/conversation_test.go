@@ -15,8 +15,8 @@ type conversation struct {
 	next    numbers
 }
 
-// converse leads a new connection from its SYN to where the ring alone answers for it. Between the steps, `explain` has
-// to name the backend and the rule, and in the end to know whether the fast path is taken. nil: nobody takes it.
+// converse leads a new connection from its SYN to where it is grown. Between the steps, `explain` has to name the
+// backend and the rule. nil: nobody takes it.
 func (p *dataplane) converse(s *service, client netip.AddrPort, at int) *conversation {
 	p.Helper()
 	c := &conversation{client: client, next: numbers{flags: syn, sequence: p.random.Uint32()}}
@@ -55,8 +55,37 @@ func (p *dataplane) converse(s *service, client netip.AddrPort, at int) *convers
 	c.next.sequence += 100
 	c.next.acknowledgement += 100
 	p.step(s, c, c.place, bpf.FairleadVerdictFORWARD_TABLE)
-	p.continues(s, c)
+	// The tables are asked until the exception bitmap is rebuilt.
+	if e := p.explain(s, client, backend, maps.RuleTable); e.FastPath || c.backend.Method.Stateless() && !e.Exception {
+		p.Fatalf("%v, client %v: by ring alone, before the exception bitmap was rebuilt: %+v", s, client, e)
+	}
+	p.step(s, c, c.place, bpf.FairleadVerdictFORWARD_TABLE)
 	return c
+}
+
+// turn lets the map manager end the epoch, in which it settles slots and rebuilds the exception bitmap, and sends plain
+// segments of grown connections: now Go knows who is an exception. One look-up, and the ring answers for all others
+// whose method lets it, unless they share an exception bit.
+func (p *dataplane) turn(s *service, talking []*conversation) {
+	p.Helper()
+	p.must(p.manager.Turn())
+	for _, c := range talking {
+		p.continues(s, c)
+		e := p.explain(s, c.client, c.backend.Name, maps.RuleTable)
+		at := s.predict(c.client)
+		agrees := at >= 0 && s.Backends[at].Name == c.backend.Name
+		if !e.SlotNow.Settled || !agrees && !e.Exception ||
+			e.FastPath != (s.entry.RingFirst && c.backend.Method.Stateless() && !e.Exception) {
+			p.Fatalf("%v, client %v: agrees with its slot: %v; explained as %+v", s, c.client, agrees, e)
+		}
+		switch {
+		case !agrees:
+			p.tally.differing++
+		case e.Exception:
+			p.tally.shared++
+		}
+		p.continues(s, c)
+	}
 }
 
 // goesOn sends a plain segment of a connection whose service has other backends since: it stays where it is.

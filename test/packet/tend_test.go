@@ -139,6 +139,7 @@ func TestTend(t *testing.T) {
 		s.await(before.Seen + 1)
 		c.send(c.segment(ack, ""), forwardTable)
 		s.tendWant("a packet since", tendChanged, before)
+		s.tendWant("neither closing nor idle", tendChanged, c.asSeen(tendRemove))
 		s.tendWant("mark idle", tendDone, c.asSeen(tendMarkIdle))
 		s.tendWant("a packet since, and idle", tendChanged, before)
 		s.count(1, 0)

@@ -85,7 +85,12 @@ func (d *daemon) wanted(cfg *config.Config) (maps.Wanted, error) {
 		if ports.IsZero() {
 			ports = d.hostPort
 		}
-		for _, b := range s.Backends {
+		for j, b := range s.Backends {
+			if hop, ok := d.watcher.Lookup(b.Address); ok && s.Method == config.MethodDSR && hop.Gateway.IsValid() {
+				errs = append(errs, cfg.Refuse(fmt.Sprintf("services[%d].backends[%d].address", i, j),
+					fmt.Sprintf("%v is not on-link: the way to it goes by %v", b.Address, hop.Gateway),
+					"dsr takes a backend on a network of this host's own; else use fullnat"))
+			}
 			wb := maps.WantedBackend{
 				Name: b.Name, Address: b.Address, Port: b.Port, Method: methods[s.Method], Weight: b.Weight,
 			}
@@ -133,6 +138,7 @@ func mapsNextHop(h neighbor.NextHop) maps.NextHop {
 	hop := maps.NextHop{
 		Known:     len(h.MAC) == 6 && len(h.SourceMAC) == 6 && (h.State == neighbor.Resolved || h.State == neighbor.Failed),
 		Interface: uint32(h.Index), MTU: uint32(h.MTU), Reason: h.Reason, Pending: h.State == neighbor.Resolving,
+		Gateway: h.Gateway.IsValid(),
 	}
 	if len(h.VLAN) > 0 {
 		hop.Known, hop.Reason = false, "the route is over a VLAN, whose tags this version does not write"
