@@ -601,6 +601,9 @@ func TestPinningDaemonStopped(t *testing.T) {
 	for _, at := range s.sites[:2] {
 		at.members = append(at.members[:1:1], member{backend: 13, weight: 3, method: at.method})
 	}
+	for _, at := range s.sites { // a change may leave a service without backends: then its SYNs are refused
+		at.none.Store(at.empty())
+	}
 	s.applyUnswept(s.config())
 	left := unsettled(s.ring(s.sites[0].site))
 	if left == 0 {
