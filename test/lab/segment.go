@@ -185,17 +185,16 @@ func (k Link) configure() error {
 		"tx-udp-segmentation":          false,
 		"rx-gro":                       true,
 	}
-	known, err := tool.FeatureNames(k.Name)
-	if err != nil {
-		return fmt.Errorf("list features of %s: %w", k.Name, err)
-	}
-	for name := range features {
-		if _, ok := known[name]; !ok {
-			delete(features, name) // segmentation kinds differ from kernel to kernel
+	// The library hands the kernel addresses on a stack that may move meanwhile: what was set is read back, and a call whose
+	// answer got lost is made again.
+	for try := 1; ; try++ {
+		err := setFeatures(tool, k.Name, features)
+		if err == nil {
+			break
 		}
-	}
-	if err := tool.Change(k.Name, features); err != nil {
-		return fmt.Errorf("set offloads of %s: %w", k.Name, err)
+		if try == 10 {
+			return fmt.Errorf("set offloads of %s: %w", k.Name, err)
+		}
 	}
 	if k.Pass {
 		if err := attachPass(link); err != nil {
@@ -263,4 +262,37 @@ func (n *Node) freeName(stem string) (name string, err error) {
 		}
 	})
 	return name, err
+}
+
+// setFeatures sets those of a device's features that this kernel knows, and checks that they are set. Every kernel knows
+// generic checksums and GRO.
+func setFeatures(tool *ethtool.Ethtool, device string, features map[string]bool) error {
+	known, err := tool.FeatureNames(device)
+	if err != nil {
+		return fmt.Errorf("list features: %w", err)
+	}
+	wanted := make(map[string]bool)
+	for name, on := range features {
+		if _, ok := known[name]; ok { // segmentation kinds differ from kernel to kernel
+			wanted[name] = on
+		}
+	}
+	for _, name := range []string{"tx-checksum-ip-generic", "rx-gro"} {
+		if _, ok := wanted[name]; !ok {
+			return fmt.Errorf("feature %s is unknown", name)
+		}
+	}
+	if err := tool.Change(device, wanted); err != nil {
+		return err
+	}
+	now, err := tool.Features(device)
+	if err != nil {
+		return fmt.Errorf("read features: %w", err)
+	}
+	for name, on := range wanted {
+		if got, ok := now[name]; !ok || got != on {
+			return fmt.Errorf("feature %s is not %t", name, on)
+		}
+	}
+	return nil
 }
