@@ -29,7 +29,7 @@ LINT_PACKAGES     := clang-format-19
 DEMO_PACKAGES     := util-linux
 TEST_PACKAGES     := curl iperf3 iproute2 nftables procps python3-websockets util-linux wrk
 TEST_PROGRAMS     := node:nodejs npm:npm
-KERNEL_PACKAGES   := debian-archive-keyring qemu-system-x86
+KERNEL_PACKAGES   := debian-archive-keyring qemu-system-x86 xz-utils
 
 # install: the packages of $(1), and those of $(2), PROGRAM:PACKAGE, whose program is missing.
 define install
@@ -85,6 +85,13 @@ demo-needs:
 	@$(need_root)
 	@$(call install,$(DEMO_PACKAGES))
 
+BENCH ?=
+
+.PHONY: bench
+bench: build ## nanoseconds a packet, by method, family and connections; BENCH=--quick is short
+	@$(need_root)
+	@bin/fairlead bench $(BENCH)
+
 .PHONY: test
 test: test-needs check-generate lint peers ## everything: generated code, lint, all tests
 	@$(bpffs); $(go_test) -timeout 15m ./... | $(GO) run ./test/summary
@@ -138,7 +145,7 @@ test-long: peers ## the long forms: 10,000 WebSockets, 1,000,000 tuples, 100,000
 test-kernels: ## boot other kernels in virtual machines (6.1 is the oldest) and test the data plane in them
 	@$(need_root)
 	@$(call install,$(KERNEL_PACKAGES))
-	@$(go_test) -timeout 60m ./test/kernels -kernels | $(GO) run ./test/summary
+	$(GO) test -count=1 -v -timeout 60m -run '^TestKernels$$' ./test/kernels -kernels
 
 .PHONY: fuzz
 fuzz: ## every fuzz target for FUZZTIME, 20s

@@ -93,7 +93,7 @@ func newApp(stdout, stderr io.Writer, env func(string) string) *cli.App {
 		HideVersion:     true,
 		ExitErrHandler:  func(*cli.Context, error) {}, // run decides
 		Commands: []*cli.Command{
-			runCommand(), checkCommand(), demoCommand(), statusCommand(), connectionsCommand(), explainCommand(), mapsCommand(),
+			runCommand(), checkCommand(), demoCommand(), benchCommand(), statusCommand(), connectionsCommand(), explainCommand(), mapsCommand(),
 			unloadCommand(), versionCommand(), completionCommand(),
 		},
 	}
