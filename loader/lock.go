@@ -55,7 +55,7 @@ func lockDirectory(path string) (*os.File, error) {
 	if err := unix.Flock(int(dir.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
 		defer dir.Close()
 		if errors.Is(err, unix.EWOULDBLOCK) {
-			return nil, &LockedError{Path: path, PID: lockHolder(dir)}
+			return nil, &LockedError{Path: path, PID: Holder(path)}
 		}
 		return nil, fmt.Errorf("lock pin path %s: %w", path, err)
 	}
@@ -74,10 +74,11 @@ func lockDirectory(path string) (*os.File, error) {
 	return dir, nil
 }
 
-// lockHolder finds the process that holds the lock of an open directory, by proc_locks(5); 0 where that can't be known.
-func lockHolder(dir *os.File) int {
+// Holder is the process that holds the lock of a pin path, as proc_locks(5) shows it; 0: none to be seen from here. It takes
+// no lock itself: a daemon that starts at this moment must not find it taken.
+func Holder(path string) int {
 	var stat unix.Stat_t
-	if err := unix.Fstat(int(dir.Fd()), &stat); err != nil {
+	if err := unix.Stat(path, &stat); err != nil {
 		return 0
 	}
 	inode := fmt.Sprintf("%02x:%02x:%d", unix.Major(stat.Dev), unix.Minor(stat.Dev), stat.Ino)

@@ -174,7 +174,7 @@ func (v *view) report(services []maps.Service) (*statusReport, error) {
 			ConnectionsCapacity: v.raw.Connections4.MaxEntries(), HalfOpenCapacity: v.raw.HalfOpen4.MaxEntries(),
 		},
 	}
-	r.Daemon.PID = daemonPID(v.path)
+	r.Daemon.PID = loader.Holder(v.path)
 	r.Daemon.Running = r.Daemon.PID != 0
 	links, err := loader.Links(v.path)
 	if err != nil {

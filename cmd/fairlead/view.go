@@ -1,19 +1,15 @@
 package main
 
 import (
-	"bufio"
 	"cmp"
 	"errors"
 	"fmt"
 	"io"
 	"net/netip"
-	"os"
 	"slices"
-	"strconv"
 	"strings"
 
 	"github.com/urfave/cli/v2"
-	"golang.org/x/sys/unix"
 
 	"fairlead/bpf"
 	"fairlead/loader"
@@ -58,7 +54,7 @@ func openView(c *cli.Context) (*view, error) {
 	v.raw, v.closer, err = loader.OpenMaps(path)
 	if errors.Is(err, loader.ErrNothing) {
 		what := "no daemon runs: start it with `fairlead run`"
-		if pid := daemonPID(path); pid != 0 {
+		if pid := loader.Holder(path); pid != 0 {
 			what = fmt.Sprintf("a daemon runs (pid %d), and has attached nothing: its log says why", pid)
 		}
 		return nil, fmt.Errorf("%w; %s", err, what)
@@ -88,30 +84,6 @@ func (v *view) ring(service uint32) ([]maps.Slot, error) {
 	}
 	v.rings[service] = slots
 	return slots, nil
-}
-
-// daemonPID is the process that holds the lock of a pin path, as proc_locks(5) shows it; 0: none to be seen from here. It
-// takes no lock itself: a daemon that starts at this moment must not find it taken.
-func daemonPID(path string) int {
-	var stat unix.Stat_t
-	if err := unix.Stat(path, &stat); err != nil {
-		return 0
-	}
-	inode := fmt.Sprintf("%02x:%02x:%d", unix.Major(stat.Dev), unix.Minor(stat.Dev), stat.Ino)
-	locks, err := os.Open("/proc/locks")
-	if err != nil {
-		return 0
-	}
-	defer locks.Close()
-	for lines := bufio.NewScanner(locks); lines.Scan(); {
-		// 1: FLOCK  ADVISORY  WRITE 28877 00:27:216068 0 EOF
-		if f := strings.Fields(lines.Text()); len(f) >= 6 && f[1] == "FLOCK" && f[5] == inode {
-			if pid, err := strconv.Atoi(f[4]); err == nil && pid > 0 {
-				return pid
-			}
-		}
-	}
-	return 0
 }
 
 func backendAddress(b *maps.Backend) netip.AddrPort { return netip.AddrPortFrom(b.Address, b.Port) }
