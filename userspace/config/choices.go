@@ -67,8 +67,14 @@ var methods = []Method{MethodFullNAT, MethodNAT, MethodDSR, MethodIPIP, MethodGU
 
 func (m Method) String() string { return string(m) }
 
-// keepsPort reports whether the client's packet reaches the backend with the service's own port.
+// keepsPort reports whether the client's packet reaches the backend with the port that the client sent it to.
 func (m Method) keepsPort() bool { return m == MethodDSR || m == MethodIPIP || m == MethodGUE }
+
+// rewritesPort reports whether the client's packet reaches the backend with the backend's port, whatever it had.
+func (m Method) rewritesPort() bool { return m == MethodFullNAT || m == MethodNAT }
+
+// encapsulates reports whether packets go to the backend inside an outer header of Fairlead's own.
+func (m Method) encapsulates() bool { return m == MethodIPIP || m == MethodGUE }
 
 // keepsFamily reports whether clients and backends must speak the same IP version.
 func (m Method) keepsFamily() bool { return m == MethodFullNAT || m == MethodNAT || m == MethodDSR }

@@ -27,8 +27,9 @@ type Config struct {
 	Control   Control
 	Services  []Service // in the file's order; may be empty: the daemon then waits
 
-	source source
-	places map[string]place // by field path
+	source    source
+	places    map[string]place // by field path
+	endpoints endpoints
 }
 
 // Dataplane is what concerns the kernel side as a whole.
@@ -48,19 +49,22 @@ type Control struct {
 	HTTP   netip.AddrPort // metrics, dashboard, health, read-only; not IsValid: off. Port 0 lets the kernel choose
 }
 
-// Service is a virtual address, port and protocol, and the backends behind it.
+// Service is a virtual address, port and protocol, or several of its addresses and ports, and the backends behind it.
 type Service struct {
 	Name            string
-	Address         netip.Addr
-	Port            uint16 // host byte order, as everywhere in this package
+	Address         netip.Addr   // the first of Addresses
+	Port            uint16       // the first of Ports; host byte order, as everywhere in this package
+	Addresses       []netip.Addr // at least one, of one family, each once, in the file's order
+	Ports           []PortRange  // at least one, rising; no two overlap or touch
 	Protocol        Protocol
 	Method          Method
 	Affinity        Affinity
 	RingSize        uint32 // a prime
 	IdleTimeout     time.Duration
 	OnBackendDown   DownPolicy
-	SourceAddresses []netip.Addr // fullnat only; empty: the address of the outgoing interface
-	SourcePorts     PortRange    // fullnat only; zero: the default, which only the host can tell
+	SourceAddresses []netip.Addr   // fullnat only; empty: the address of the outgoing interface
+	SourcePorts     PortRange      // fullnat only; zero: the default, which only the host can tell
+	TunnelSources   []netip.Prefix // ipip and gue only; at most one of each family, IPv4 first: see [Service.TunnelSource]
 	Health          Health
 	Balance         Balance
 	ProxyProtocol   ProxyProtocol
@@ -72,7 +76,7 @@ type Service struct {
 type Backend struct {
 	Name    string
 	Address netip.Addr
-	Port    uint16
+	Port    uint16  // 0: as the client's packet has it, under dsr, ipip and gue with a service of several ports
 	Weight  uint32  // 0: draining
 	Health  *Health // nil: the service's; else whole, what the override left out taken from the service's
 }
@@ -137,8 +141,8 @@ func (c *Config) Equal(other *Config) bool {
 		return c == other
 	}
 	a, b := *c, *other
-	a.Path, a.source, a.places = "", source{}, nil
-	b.Path, b.source, b.places = "", source{}, nil
+	a.Path, a.source, a.places, a.endpoints = "", source{}, nil, nil
+	b.Path, b.source, b.places, b.endpoints = "", source{}, nil, nil
 	return reflect.DeepEqual(a, b)
 }
 
@@ -155,21 +159,4 @@ func (c *Config) Refuse(field, problem, remedy string) *Error {
 	}
 	at.field = field
 	return c.source.refuse(at, problem, remedy)
-}
-
-// ServiceWithin returns the first service of that protocol at address whose port lies in ports. A source address with
-// such source ports would have the backends' replies taken for clients' packets. The daemon asks it of the source
-// ports that it chooses by default; those of the file are checked already.
-func (c *Config) ServiceWithin(address netip.Addr, protocol Protocol, ports PortRange) (Service, bool) {
-	return serviceWithin(c.Services, address, protocol, ports)
-}
-
-func serviceWithin(services []Service, address netip.Addr, protocol Protocol, ports PortRange) (Service, bool) {
-	for _, s := range services {
-		if s.Address.IsValid() && s.Address.WithZone("") == address.WithZone("") && s.Protocol == protocol &&
-			ports.Contains(s.Port) {
-			return s, true
-		}
-	}
-	return Service{}, false
 }

@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -16,7 +17,7 @@ import (
 )
 
 // asValue lets go-cmp compare what configurations say, without their lines.
-var asValue = cmp.Options{cmpopts.EquateComparable(netip.Addr{}, netip.AddrPort{}), cmpopts.IgnoreUnexported(Config{})}
+var asValue = cmp.Options{cmpopts.EquateComparable(netip.Addr{}, netip.AddrPort{}, netip.Prefix{}), cmpopts.IgnoreUnexported(Config{})}
 
 func mustParse(tb testing.TB, text string) *Config {
 	tb.Helper()
@@ -44,7 +45,8 @@ func TestLoadWholeExample(t *testing.T) {
 		StateDir: "/var/lib/fairlead",
 		Control:  Control{Socket: "/run/fairlead/control.sock", HTTP: netip.MustParseAddrPort("127.0.0.1:9870")},
 		Services: []Service{{
-			Name: "chat", Address: netip.MustParseAddr("192.0.2.10"), Port: 443, Protocol: ProtocolTCP,
+			Name: "chat", Address: netip.MustParseAddr("192.0.2.10"), Port: 443,
+			Addresses: []netip.Addr{netip.MustParseAddr("192.0.2.10")}, Ports: []PortRange{{443, 443}}, Protocol: ProtocolTCP,
 			Method: MethodFullNAT, Affinity: AffinityConnection, RingSize: 65537, IdleTimeout: 24 * time.Hour,
 			OnBackendDown:   DownReset,
 			SourceAddresses: []netip.Addr{netip.MustParseAddr("10.0.0.1")},
@@ -85,6 +87,7 @@ services:
 		Backends:    []Backend{{Name: "a", Address: netip.MustParseAddr("10.0.0.1"), Port: 53, Weight: 0}},
 	}} {
 		s.Method, s.Affinity, s.RingSize, s.OnBackendDown = MethodFullNAT, AffinityConnection, 65537, DownReset
+		s.Addresses, s.Ports = []netip.Addr{s.Address}, []PortRange{{s.Port, s.Port}}
 		s.Health, s.Balance = Health{Type: HealthNone}, Balance{Mode: BalanceHash}
 		s.ProxyProtocol, s.Announce = ProxyNone, AnnounceAuto
 		want.Services = append(want.Services, s)
@@ -268,22 +271,6 @@ services:
 	}
 }
 
-func TestServiceWithin(t *testing.T) {
-	cfg := mustParse(t, service(""))
-	vip := cfg.Services[0].Address
-	if s, ok := cfg.ServiceWithin(vip, ProtocolTCP, PortRange{1, 443}); !ok || s.Name != "chat" {
-		t.Errorf("got %v %v, want chat", s.Name, ok)
-	}
-	for _, ports := range []PortRange{{}, {444, 65535}, {1, 442}} {
-		if _, ok := cfg.ServiceWithin(vip, ProtocolTCP, ports); ok {
-			t.Errorf("%v holds 443", ports)
-		}
-	}
-	if _, ok := cfg.ServiceWithin(vip, ProtocolUDP, PortRange{1, 65535}); ok {
-		t.Error("udp took tcp's port")
-	}
-}
-
 func TestPortRange(t *testing.T) {
 	r := PortRange{First: 1024, Last: 32767}
 	text, err := r.MarshalText()
@@ -296,6 +283,12 @@ func TestPortRange(t *testing.T) {
 		if err := got.UnmarshalText(text); err != nil || got != want {
 			t.Errorf("%s came back as %v, %v", text, got, err)
 		}
+	}
+	if got := slices.Collect((PortRange{65533, 65535}).All()); !slices.Equal(got, []uint16{65533, 65534, 65535}) {
+		t.Errorf("65533-65535 is %v", got)
+	}
+	if got := slices.Collect((PortRange{}).All()); len(got) > 0 {
+		t.Errorf("no range has %v", got)
 	}
 	for _, bad := range []string{"1", "0-5", "5-4", "1-65536", "a-b", "-", "1-2-3", " 1-2", "+1-2", "01-2"} {
 		if got, err := ParsePortRange(bad); err == nil {

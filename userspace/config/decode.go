@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
-	"slices"
 	"strings"
 	"unicode"
 	"unicode/utf8"
@@ -370,10 +369,6 @@ func (d *decoder) unknown(at place, name string, fields []field) {
 	for i, f := range fields {
 		names[i] = f.name
 	}
-	if until, ok := reserved[name]; ok && slices.Contains(names, "ring_size") {
-		d.refuse(at, "is reserved for a later version", until)
-		return
-	}
 	remedy := "take one of " + strings.Join(names, ", ")
 	if near := nearest(name, names); near != "" {
 		remedy = "did you mean " + near + "?"
@@ -448,6 +443,21 @@ func (l *list[T, PT]) read(d *decoder, n node, at place) {
 		l.items = append(l.items, item)
 		if d.overflow != nil {
 			return
+		}
+	}
+}
+
+func (l *oneOrMore) read(d *decoder, n node, at place) {
+	l.place, l.state = at, broken
+	switch value := d.resolve(n, at).(type) {
+	case nil:
+	case *ast.SequenceNode:
+		l.texts.read(d, n, at)
+	default:
+		var item text
+		item.read(d, value, at)
+		if l.state = item.state; l.state == given {
+			l.items = []text{item}
 		}
 	}
 }

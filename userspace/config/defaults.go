@@ -6,9 +6,9 @@ import (
 	"time"
 )
 
-// What a file may leave out, and what then holds. A backend's port is its service's; the parts of a backend's health
-// that it leaves out are its service's; node is the host's name; interfaces, source_addresses and source_ports stay
-// empty, because only the host can tell them.
+// What a file may leave out, and what then holds. A backend's port is its service's, where that has one; the parts of a
+// backend's health that it leaves out are its service's; node is the host's name; interfaces, source_addresses,
+// source_ports and tunnel_source stay empty, because only the host can tell them.
 const (
 	defaultMode        = ModeAuto
 	defaultXDP         = XDPAuto
@@ -56,7 +56,10 @@ const (
 	maxFileBytes  = 16 << 20
 	maxServices   = 4096
 	maxBackends   = math.MaxUint16 // altogether
+	maxEndpoints  = 1 << 16        // addresses times ports of services, altogether
 	maxSources    = 16             // source addresses of a service
+	minTunnel4    = 8              // bits of a tunnel_source
+	minTunnel6    = 32             // likewise
 	minTable      = 1024           // entries of either table
 	maxTable      = 64 << 20
 	minEpoch      = 100 * time.Millisecond

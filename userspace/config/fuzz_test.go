@@ -15,16 +15,20 @@ import (
 // that keeps the rules the data plane relies on, and that is the same when every value of it is written out and read
 // again.
 func FuzzParse(f *testing.F) {
-	example, err := os.ReadFile("testdata/example.yaml")
-	if err != nil {
-		f.Fatal(err)
+	for _, name := range []string{"example.yaml", "lists.yaml"} {
+		file, err := os.ReadFile("testdata/" + name)
+		if err != nil {
+			f.Fatal(err)
+		}
+		f.Add(file)
 	}
-	f.Add(example)
 	for _, seed := range []string{"", "services: []", service(""), service("health: {type: http}"), service("source_ports: 1-2"),
 		with("method: gue", "{name: b, address: fe80::1%eth0, health: {type: tcp}}"), "a: &a [*a]", "control: &a\n  <<: *a\n",
 		"dataplane: &a {mode: xdp}\ncontrol: {<<: [*a, *a]}\n", "? node\n: a\n", "node: !!str a\n", "- - -", "services:\n-\n-",
 		"services: [&s {name: a, address: 10.0.0.1, port: 1, backends: [{name: b, address: 10.0.0.2}]}, {<<: *s, name: b, port: 2}]",
-		"node: |\n  a\r\n", "\"node\": \"\\x41\"", "services: [{}, ~, [], a]", "&a node: *a", "{", "}", "*", "&", "!", "|", ">", "%", "@", "`"} {
+		listed("addresses: ['fe80::1%a', 'fe80::2%b'], ports: [1-65535], method: ipip, tunnel_source: [10.9.0.0/8, '2001:db8::/32']", ""),
+		listed("addresses: &a [192.0.2.10], ports: [80, 90-99], method: nat, source_addresses: *a", ", port: 80"),
+		tunnelled("&t 10.9.0.1"), "node: |\n  a\r\n", "\"node\": \"\\x41\"", "services: [{}, ~, [], a]", "&a node: *a", "{", "}", "*", "&", "!", "|", ">", "%", "@", "`"} {
 		f.Add([]byte(seed))
 	}
 	f.Fuzz(func(t *testing.T, data []byte) {
@@ -71,6 +75,11 @@ func keepsRules(t *testing.T, cfg *Config) {
 			seen[key] = true
 		}
 	}
+	type endpoint struct {
+		at       netip.AddrPort
+		protocol Protocol
+	}
+	endpoints := map[endpoint]bool{}
 	reachable := func(a netip.Addr) {
 		if !a.IsValid() || a.IsMulticast() || a.IsUnspecified() || a.Is4In6() {
 			t.Errorf("address %v", a)
@@ -78,8 +87,47 @@ func keepsRules(t *testing.T, cfg *Config) {
 	}
 	for _, s := range cfg.Services {
 		once("name %s", s.Name)
-		once("endpoint %v %d %s", s.Address.WithZone(""), s.Port, s.Protocol)
-		reachable(s.Address)
+		count := 0
+		for at := range s.Endpoints() {
+			key := endpoint{netip.AddrPortFrom(at.Addr().WithZone(""), at.Port()), s.Protocol}
+			if endpoints[key] {
+				t.Errorf("twice: %v", key)
+			}
+			endpoints[key] = true
+			reachable(at.Addr())
+			if at.Port() == 0 || at.Addr().Is4() != s.Address.Is4() || count == 0 && at != netip.AddrPortFrom(s.Address, s.Port) {
+				t.Errorf("endpoint %v of service %+v", at, s)
+			}
+			count++
+		}
+		for i, r := range s.Ports {
+			if r.IsZero() || r.Last < r.First || i > 0 && int(r.First) <= int(s.Ports[i-1].Last)+1 {
+				t.Errorf("ports %v", s.Ports)
+			}
+		}
+		if count == 0 || count != s.EndpointCount() {
+			t.Errorf("%d endpoints of service %+v", count, s)
+		}
+		for _, p := range s.TunnelSources {
+			once("tunnel source of IPv4 %v of %s", p.Addr().Is4(), s.Name)
+			reachable(p.Addr())
+			for _, other := range cfg.Services {
+				for _, a := range other.Addresses {
+					if p.Contains(a.WithZone("")) {
+						t.Errorf("tunnel source %v holds service %v", p, a)
+					}
+				}
+				for _, b := range other.Backends {
+					if p.Contains(b.Address.WithZone("")) {
+						t.Errorf("tunnel source %v holds backend %v", p, b.Address)
+					}
+				}
+			}
+		}
+		if len(s.TunnelSources) > 0 && !s.Method.encapsulates() {
+			t.Errorf("service %+v has tunnel sources", s)
+		}
+		several := len(s.Ports) > 1 || s.Ports[0].Count() > 1
 		if s.Name == "" || s.Port == 0 || s.Protocol.Number() == 0 || !isPrime(s.RingSize) ||
 			int(s.RingSize) < 100*len(s.Backends) || s.IdleTimeout < 4*cfg.Dataplane.Epoch || len(s.Backends) == 0 {
 			t.Errorf("service %+v", s)
@@ -88,10 +136,21 @@ func keepsRules(t *testing.T, cfg *Config) {
 			once("name %s/%s", s.Name, b.Name)
 			once("backend %s %v %d", s.Name, b.Address.WithZone(""), b.Port)
 			reachable(b.Address)
-			if b.Name == "" || b.Port == 0 || s.Method.keepsPort() && b.Port != s.Port {
-				t.Errorf("backend %+v", b)
+			want := b.Port
+			switch {
+			case s.Method.keepsPort() && several:
+				want = 0
+			case s.Method.keepsPort():
+				want = s.Port
+			}
+			if b.Name == "" || b.Port != want || b.Port == 0 && !s.Method.keepsPort() ||
+				s.Method.keepsFamily() && b.Address.Is4() != s.Address.Is4() {
+				t.Errorf("backend %+v of service %+v", b, s)
 			}
 		}
+	}
+	if len(endpoints) > maxEndpoints {
+		t.Errorf("%d endpoints", len(endpoints))
 	}
 }
 
@@ -118,15 +177,25 @@ func written(cfg *Config) map[string]any {
 	for _, s := range cfg.Services {
 		backends := []any{}
 		for _, b := range s.Backends {
-			m := map[string]any{"name": b.Name, "address": b.Address.String(), "port": b.Port, "weight": b.Weight}
+			m := map[string]any{"name": b.Name, "address": b.Address.String(), "weight": b.Weight}
+			if b.Port != 0 {
+				m["port"] = b.Port
+			}
 			if b.Health != nil {
 				m["health"] = health(*b.Health)
 			}
 			backends = append(backends, m)
 		}
-		m := map[string]any{"name": s.Name, "address": s.Address.String(), "port": s.Port, "protocol": s.Protocol,
+		ports, tunnels := []string{}, []string{}
+		for _, r := range s.Ports {
+			ports = append(ports, r.String())
+		}
+		for _, p := range s.TunnelSources {
+			tunnels = append(tunnels, p.String())
+		}
+		m := map[string]any{"name": s.Name, "addresses": addresses(s.Addresses), "ports": ports, "protocol": s.Protocol,
 			"method": s.Method, "affinity": s.Affinity, "ring_size": s.RingSize, "idle_timeout": s.IdleTimeout.String(),
-			"on_backend_down": s.OnBackendDown, "source_addresses": addresses(s.SourceAddresses),
+			"on_backend_down": s.OnBackendDown, "source_addresses": addresses(s.SourceAddresses), "tunnel_source": tunnels,
 			"health": health(s.Health), "balance": map[string]any{"mode": s.Balance.Mode},
 			"proxy_protocol": s.ProxyProtocol, "announce": s.Announce, "backends": backends}
 		if !s.SourcePorts.IsZero() {

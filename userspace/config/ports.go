@@ -1,7 +1,10 @@
 package config
 
 import (
+	"cmp"
 	"fmt"
+	"iter"
+	"slices"
 	"strconv"
 	"strings"
 )
@@ -48,6 +51,31 @@ func (r PortRange) Count() int {
 		return 0
 	}
 	return int(r.Last) - int(r.First) + 1
+}
+
+// All returns the ports of r, rising.
+func (r PortRange) All() iter.Seq[uint16] {
+	return func(yield func(uint16) bool) {
+		for i := range r.Count() {
+			if !yield(r.First + uint16(i)) {
+				return
+			}
+		}
+	}
+}
+
+// plain returns what String does, but one port as a number alone.
+func (r PortRange) plain() string {
+	if r.Count() == 1 {
+		return strconv.Itoa(int(r.First))
+	}
+	return r.String()
+}
+
+// reaching returns the place of the first range that ends at port or above, in a list that rises.
+func reaching(list []PortRange, port uint16) int {
+	i, _ := slices.BinarySearchFunc(list, port, func(r PortRange, port uint16) int { return cmp.Compare(r.Last, port) })
+	return i
 }
 
 // String returns "A-B", and "" for the zero range.

@@ -28,6 +28,9 @@ type list[T any, PT readable[T]] struct {
 
 type texts = list[text, *text]
 
+// oneOrMore is a list that may be written as its one item alone.
+type oneOrMore struct{ texts }
+
 // field is a name that a mapping may hold, and where its value goes.
 type field struct {
 	name string
@@ -86,17 +89,19 @@ type rawService struct {
 	affinity, ringSize, idleTimeout           text
 	onBackendDown, sourcePorts, proxyProtocol text
 	announce                                  text
-	sourceAddresses                           texts
+	addresses, ports, sourceAddresses         texts
+	tunnelSource                              oneOrMore
 	health                                    rawHealth
 	balance                                   rawBalance
 	backends                                  list[rawBackend, *rawBackend]
 }
 
 func (r *rawService) fields() []field {
-	return []field{{"name", &r.name}, {"address", &r.address}, {"port", &r.port}, {"protocol", &r.protocol},
-		{"method", &r.method}, {"affinity", &r.affinity}, {"ring_size", &r.ringSize}, {"idle_timeout", &r.idleTimeout},
-		{"on_backend_down", &r.onBackendDown}, {"source_addresses", &r.sourceAddresses},
-		{"source_ports", &r.sourcePorts}, {"health", &r.health}, {"balance", &r.balance},
+	return []field{{"name", &r.name}, {"address", &r.address}, {"addresses", &r.addresses}, {"port", &r.port},
+		{"ports", &r.ports}, {"protocol", &r.protocol}, {"method", &r.method}, {"affinity", &r.affinity},
+		{"ring_size", &r.ringSize}, {"idle_timeout", &r.idleTimeout}, {"on_backend_down", &r.onBackendDown},
+		{"source_addresses", &r.sourceAddresses}, {"source_ports", &r.sourcePorts},
+		{"tunnel_source", &r.tunnelSource}, {"health", &r.health}, {"balance", &r.balance},
 		{"proxy_protocol", &r.proxyProtocol}, {"announce", &r.announce}, {"backends", &r.backends}}
 }
 
@@ -128,11 +133,4 @@ type rawBackend struct {
 func (r *rawBackend) fields() []field {
 	return []field{{"name", &r.name}, {"address", &r.address}, {"port", &r.port}, {"weight", &r.weight},
 		{"health", &r.health}}
-}
-
-// reserved are fields of a service that the contract keeps for later, and what to do until then.
-var reserved = map[string]string{
-	"addresses":     "write one service an address",
-	"ports":         "write one service a port",
-	"tunnel_source": "take it out",
 }

@@ -140,7 +140,7 @@ func parseAddress(s string) (netip.Addr, *complaint) {
 	case bare.Is4In6():
 		return a, complain("write "+bare.Unmap().String(), "%s is an IPv4 address mapped into IPv6", s)
 	case bare.IsUnspecified():
-		return a, complain("write one address; for several, one service each", "%s is the unspecified address", s)
+		return a, complain("write the address itself", "%s is the unspecified address", s)
 	case bare.IsMulticast():
 		return a, complain("write a unicast address", "%s is a multicast address", s)
 	case bare == netip.AddrFrom4([4]byte{255, 255, 255, 255}):
@@ -168,6 +168,32 @@ func parsePortField(s string) (uint16, *complaint) {
 	return port, nil
 }
 
+func parseServicePort(s string) (uint16, *complaint) {
+	port, bad := parsePortField(s)
+	if r, err := ParsePortRange(s); bad != nil && err == nil {
+		bad.remedy = fmt.Sprintf("write ports: [%s]", r.plain())
+	}
+	return port, bad
+}
+
+// parsePorts reads one port or a range.
+func parsePorts(s string) (PortRange, *complaint) {
+	first, last, isRange := strings.Cut(s, "-")
+	if !isRange {
+		last = first
+	}
+	a, errA := parsePort(first)
+	b, errB := parsePort(last)
+	switch {
+	case errA != nil || errB != nil:
+		return PortRange{}, complain("take a number from 1 to 65535, or two, as in 8000-8100",
+			"%q is not a port or a range of ports", s)
+	case a > b:
+		return PortRange{}, complain(fmt.Sprintf("write %d-%d", b, a), "%q ends before it begins", s)
+	}
+	return PortRange{a, b}, nil
+}
+
 func parseSourcePorts(s string) (PortRange, *complaint) {
 	r, err := ParsePortRange(s)
 	if err == nil {
@@ -176,8 +202,9 @@ func parseSourcePorts(s string) (PortRange, *complaint) {
 	if port, bad := parsePort(s); bad == nil {
 		return r, complain(fmt.Sprintf("write %d-%[1]d", port), "%q is one port where a range belongs", s)
 	}
-	problem, remedy, _ := strings.Cut(err.Error(), ": ")
-	return r, &complaint{problem, remedy}
+	text := err.Error()
+	at := strings.LastIndex(text, ": ") // the value itself may hold one
+	return r, &complaint{text[:at], text[at+2:]}
 }
 
 // parseName keeps '/' out: the command line writes a backend as service/backend.

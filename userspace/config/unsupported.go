@@ -15,12 +15,6 @@ func (c *Config) Unsupported() []error {
 		lacksHere := func(field, what, remedy string) {
 			lacks(at+"."+field, fmt.Sprintf("service %s: %s is not built yet in this version", s.Name, what), remedy)
 		}
-		if s.Protocol != ProtocolTCP {
-			lacksHere("protocol", "protocol "+s.Protocol.String(), "use tcp")
-		}
-		if s.Method != MethodFullNAT && s.Method != MethodDSR {
-			lacksHere("method", "method "+s.Method.String(), "use fullnat or dsr")
-		}
 		if s.ProxyProtocol != ProxyNone {
 			lacksHere("proxy_protocol", "proxy_protocol "+s.ProxyProtocol.String(), "use none")
 		}

@@ -15,6 +15,9 @@ type checker struct {
 	source   source
 	errs     Errors
 	hostname func() (string, error)
+
+	addressPlaces [][]place // where each service's Addresses stand
+	tunnels       []tunnel  // all services'
 }
 
 func (c *checker) refuse(at place, problem, remedy string) {
@@ -32,16 +35,22 @@ func (c *checker) config(raw *rawConfig) *Config {
 		c.refuse(raw.services.place, fmt.Sprintf("%d services are over the limit of %d", n, maxServices),
 			"divide them between hosts")
 	}
-	backends := 0
+	backends, endpoints := 0, 0
 	for i := range raw.services.items {
-		cfg.Services = append(cfg.Services, c.service(&raw.services.items[i], &cfg.Dataplane))
-		backends += len(cfg.Services[i].Backends)
+		s, places := c.service(&raw.services.items[i], &cfg.Dataplane)
+		cfg.Services, c.addressPlaces = append(cfg.Services, s), append(c.addressPlaces, places)
+		backends += len(s.Backends)
+		endpoints += s.EndpointCount()
 	}
 	if backends > maxBackends {
 		c.refuse(raw.services.place, fmt.Sprintf("%d backends altogether are over the limit of %d", backends,
 			maxBackends), "divide them between hosts")
 	}
-	c.together(raw.services.items, cfg.Services)
+	if endpoints > maxEndpoints {
+		c.refuse(raw.services.place, fmt.Sprintf("%d pairs of address and port altogether are over the limit of %d",
+			endpoints, maxEndpoints), "divide them between hosts")
+	}
+	cfg.endpoints = c.together(raw.services.items, cfg.Services)
 	return cfg
 }
 
@@ -88,17 +97,16 @@ func (c *checker) control(raw *rawControl) Control {
 	return control
 }
 
-func (c *checker) service(raw *rawService, d *Dataplane) Service {
+// service also returns where its Addresses stand.
+func (c *checker) service(raw *rawService, d *Dataplane) (Service, []place) {
 	if raw.state == empty {
 		c.refuse(raw.place, "the item is empty", "write a service after the dash or take the dash out")
 	}
 	if raw.state != given {
-		return Service{}
+		return Service{}, nil
 	}
 	s := Service{
 		Name:          scalar(c, c.required(raw.name), "", parseName),
-		Address:       c.address(c.required(raw.address), d.Mode),
-		Port:          scalar(c, c.required(raw.port), 0, parsePortField),
 		Protocol:      choose(c, raw.protocol, defaultProtocol, protocols),
 		Method:        choose(c, raw.method, defaultMethod, methods),
 		Affinity:      choose(c, raw.affinity, defaultAffinity, affinities),
@@ -109,24 +117,32 @@ func (c *checker) service(raw *rawService, d *Dataplane) Service {
 		ProxyProtocol: choose(c, raw.proxyProtocol, defaultProxyProtocol, proxyProtocols),
 		Announce:      choose(c, raw.announce, defaultAnnounce, announces),
 	}
+	addresses, places := c.addresses(raw, d.Mode)
+	if s.Addresses = addresses; len(addresses) > 0 {
+		s.Address = addresses[0]
+	}
+	ports, several := c.ports(raw)
+	if s.Ports = ports; len(ports) > 0 {
+		s.Port = ports[0].First
+	}
 	s.IdleTimeout = c.idleTimeout(raw.idleTimeout, s.Protocol, d.Epoch)
 	c.sources(raw, &s, d.Mode)
+	c.tunnelSources(&raw.tunnelSource, &s)
 	c.proxy(raw.proxyProtocol.place, &s, d.Mode)
 	if len(raw.backends.items) == 0 && raw.backends.state != broken {
 		c.refuse(raw.backends.place, "the service has no backend", "add a backend or remove the service")
 	}
 	for i := range raw.backends.items {
-		s.Backends = append(s.Backends, c.backend(&raw.backends.items[i], &s, d.Mode))
+		s.Backends = append(s.Backends, c.backend(&raw.backends.items[i], &s, several, d.Mode))
 	}
-	c.distinctBackends(raw.backends.items, s.Backends)
-	return s
+	c.distinctBackends(raw.backends.items, &s)
+	return s, places
 }
 
 // required refuses an absent field.
 func (c *checker) required(t text) text {
 	if t.state == absent {
-		name := t.field[strings.LastIndexByte(t.field, '.')+1:]
-		c.refuse(t.place, "is missing", fmt.Sprintf("write %s: and its value", name))
+		c.refuse(t.place, "is missing", fmt.Sprintf("write %s: and its value", lastName(t.field)))
 		t.state = broken
 	}
 	return t
@@ -266,7 +282,7 @@ func (c *checker) health(raw *rawHealth, base Health) Health {
 	return h
 }
 
-func (c *checker) backend(raw *rawBackend, s *Service, mode Mode) Backend {
+func (c *checker) backend(raw *rawBackend, s *Service, several bool, mode Mode) Backend {
 	if raw.state == empty {
 		c.refuse(raw.place, "the item is empty", "write a backend after the dash or take the dash out")
 	}
@@ -276,16 +292,12 @@ func (c *checker) backend(raw *rawBackend, s *Service, mode Mode) Backend {
 	b := Backend{
 		Name:    scalar(c, c.required(raw.name), "", parseName),
 		Address: c.address(c.required(raw.address), mode),
-		Port:    scalar(c, raw.port, s.Port, parsePortField),
+		Port:    c.backendPort(raw.port, s, several),
 		Weight:  c.number(raw.weight, defaultWeight, 0, maxWeight),
 	}
 	if raw.health.state == given {
 		h := c.health(&raw.health, s.Health)
 		b.Health = &h
-	}
-	if s.Method.keepsPort() && b.Port != 0 && s.Port != 0 && b.Port != s.Port {
-		c.refuse(raw.port.place, fmt.Sprintf("port %d is not the service's port %d, and under %s packets arrive with that",
-			b.Port, s.Port, s.Method), "leave the port out, or take method fullnat or nat")
 	}
 	if s.Method.keepsFamily() && b.Address.IsValid() && s.Address.IsValid() && b.Address.Is4() != s.Address.Is4() {
 		c.refuse(raw.address.place, fmt.Sprintf("%v is %s, but clients come by %s, and %s can't cross", b.Address,
@@ -295,42 +307,60 @@ func (c *checker) backend(raw *rawBackend, s *Service, mode Mode) Backend {
 	return b
 }
 
-func (c *checker) distinctBackends(raw []rawBackend, backends []Backend) {
+// backendPort is 0 where the backend gets packets to any of the service's several ports.
+func (c *checker) backendPort(raw text, s *Service, several bool) uint16 {
+	if !several {
+		port := scalar(c, raw, s.Port, parsePortField)
+		if s.Method.keepsPort() && port != 0 && s.Port != 0 && port != s.Port {
+			c.refuse(raw.place, fmt.Sprintf("port %d is not the service's port %d, and under %s packets arrive with that",
+				port, s.Port, s.Method), "leave the port out, or take method fullnat or nat")
+		}
+		return port
+	}
+	port := scalar(c, raw, 0, parsePortField)
+	switch {
+	case s.Method.keepsPort() && port != 0:
+		c.refuse(raw.place, fmt.Sprintf("under %s packets arrive with the port that the client chose of the service's several",
+			s.Method), "leave the port out, or take method fullnat or nat")
+		return 0
+	case s.Method.rewritesPort() && raw.state == absent:
+		c.refuse(raw.place, fmt.Sprintf("is missing, and under %s the service's several ports become one of the backend's",
+			s.Method), "write port: and that one, or take method dsr, ipip or gue")
+	}
+	return port
+}
+
+func (c *checker) distinctBackends(raw []rawBackend, s *Service) {
 	names, sockets := map[string]int{}, map[netip.AddrPort]int{}
-	for i, b := range backends {
+	for i, b := range s.Backends {
 		if first, twice := names[b.Name]; twice && b.Name != "" {
 			c.refuse(raw[i].name.place, fmt.Sprintf("backend %s stands in line %d already", b.Name,
 				raw[first].name.line), "give it a name of its own")
 		} else {
 			names[b.Name] = i
 		}
-		if !b.Address.IsValid() || b.Port == 0 {
+		if !b.Address.IsValid() || b.Port == 0 && !s.Method.keepsPort() {
 			continue
 		}
 		socket := netip.AddrPortFrom(b.Address.WithZone(""), b.Port)
 		if first, twice := sockets[socket]; twice {
-			c.refuse(raw[i].address.place, fmt.Sprintf("%v is backend %s of line %d already", socket,
-				backends[first].Name, raw[first].line), "take one of them out; a weight gives a backend a larger share")
+			text := socket.String()
+			if b.Port == 0 {
+				text = socket.Addr().String()
+			}
+			c.refuse(raw[i].address.place, fmt.Sprintf("%s is backend %s of line %d already", text, s.Backends[first].Name,
+				raw[first].line), "take one of them out; a weight gives a backend a larger share")
 		} else {
 			sockets[socket] = i
 		}
 	}
 }
 
-// endpoint is what the data plane knows a service by. It has no interface: a link-local address counts once.
-type endpoint struct {
-	socket   netip.AddrPort
-	protocol Protocol
-}
-
-func endpointOf(address netip.Addr, port uint16, protocol Protocol) (endpoint, bool) {
-	return endpoint{netip.AddrPortFrom(address.WithZone(""), port), protocol},
-		address.IsValid() && port != 0 && protocol != ""
-}
-
-// together checks the services against each other.
-func (c *checker) together(raw []rawService, services []Service) {
-	names, endpoints, sources := map[string]int{}, map[endpoint]int{}, map[netip.Addr]int{}
+// together checks the services against each other, and returns who is where.
+func (c *checker) together(raw []rawService, services []Service) endpoints {
+	all, taken := newEndpoints(services)
+	c.distinctEndpoints(raw, services[:taken], all)
+	names, sources := map[string]int{}, map[netip.Addr]int{}
 	for i, s := range services {
 		if first, twice := names[s.Name]; twice && s.Name != "" {
 			c.refuse(raw[i].name.place, fmt.Sprintf("service %s stands in line %d already", s.Name,
@@ -338,24 +368,7 @@ func (c *checker) together(raw []rawService, services []Service) {
 		} else {
 			names[s.Name] = i
 		}
-		if e, known := endpointOf(s.Address, s.Port, s.Protocol); known {
-			if first, twice := endpoints[e]; twice {
-				c.refuse(raw[i].address.place, fmt.Sprintf("%v %s is service %s of line %d already", e.socket, e.protocol,
-					services[first].Name, raw[first].line), "make them one service, or take another address or port")
-			} else {
-				endpoints[e] = i
-			}
-		}
-	}
-	for i, s := range services {
-		for j, b := range s.Backends {
-			e, known := endpointOf(b.Address, b.Port, s.Protocol)
-			if other, is := endpoints[e]; known && is {
-				c.refuse(raw[i].backends.items[j].address.place, fmt.Sprintf("%v %s is the address of service %s, so that "+
-					"connections would go in a circle", e.socket, e.protocol, services[other].Name),
-					"write the address of the server itself")
-			}
-		}
+		c.circles(&raw[i], &s, services, all)
 		if raw[i].sourcePorts.state == broken || raw[i].sourcePorts.state == given && s.SourcePorts.IsZero() {
 			continue
 		}
@@ -363,9 +376,9 @@ func (c *checker) together(raw []rawService, services []Service) {
 			if !address.IsValid() {
 				continue
 			}
-			if other, within := serviceWithin(services, address, s.Protocol, s.SourcePorts); within {
+			if other, within := all.within(address, s.Protocol, []PortRange{s.SourcePorts}); within {
 				c.refuse(raw[i].sourcePorts.place, fmt.Sprintf("ports %v of %v hold port %d of service %s on that address",
-					s.SourcePorts, address, other.Port, other.Name), "take a range without it")
+					s.SourcePorts, address, other.port, services[other.service].Name), "take a range without it")
 			}
 			first, shared := sources[address.WithZone("")]
 			if !shared {
@@ -377,7 +390,27 @@ func (c *checker) together(raw []rawService, services []Service) {
 			}
 		}
 	}
+	c.tunnelsApart(services)
+	return all
 }
+
+// circles refuses backends that are services.
+func (c *checker) circles(raw *rawService, s *Service, services []Service, all endpoints) {
+	for i, b := range s.Backends {
+		ports := []PortRange{{b.Port, b.Port}}
+		if b.Port == 0 && s.Method.keepsPort() {
+			ports = s.Ports
+		}
+		if other, is := all.within(b.Address, s.Protocol, ports); is {
+			c.refuse(raw.backends.items[i].address.place, fmt.Sprintf("%s is the address of service %s, so that "+
+				"connections would go in a circle", spellEndpoints(b.Address, PortRange{other.port, other.port}, s.Protocol),
+				services[other.service].Name), "write the address of the server itself")
+		}
+	}
+}
+
+// lastName returns a field's own name.
+func lastName(field string) string { return field[strings.LastIndexByte(field, '.')+1:] }
 
 func orDefault(ports PortRange) string {
 	if ports.IsZero() {

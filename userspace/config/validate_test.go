@@ -55,6 +55,19 @@ func services(n, each int) string {
 	return b.String()
 }
 
+// refused returns the first line of every error of text, without the file's name.
+func refused(text string) []string {
+	_, err := parse("edge.yaml", []byte(text), testHostname)
+	var all Errors
+	errors.As(err, &all)
+	lines := []string{}
+	for _, e := range all {
+		first, _, _ := strings.Cut(e.Error(), "\n")
+		lines = append(lines, strings.TrimPrefix(first, "edge.yaml:"))
+	}
+	return lines
+}
+
 func TestRefusals(t *testing.T) {
 	tests := []struct {
 		name, text string
@@ -89,7 +102,6 @@ func TestRefusals(t *testing.T) {
 		{"unknown field far off", "control:\n  colour: red\n", "2: control.colour: unknown field: take one of socket, http"},
 		{"unknown field with a dash", service("idle-timeout: 1h"), "6: services[0].idle-timeout: unknown field: did you mean idle_timeout?"},
 		{"unknown field of a backend", with("", "{name: ws2, address: 10.0.0.12, wieght: 1}"), "9: services[0].backends[1].wieght: unknown field: did you mean weight?"},
-		{"reserved field", service("ports: [80, 443]"), "6: services[0].ports: is reserved for a later version: write one service a port"},
 		{"field twice", service("port: 80"), "6: services[0].port: is given in line 5 already: keep one"},
 		{"no value", service("method:"), "6: services[0].method: has no value"},
 
@@ -153,7 +165,7 @@ func TestRefusals(t *testing.T) {
 		{"address with port", at("192.0.2.1:80"), "4: services[0].address: \"192.0.2.1:80\" is an address with a port"},
 		{"multicast", at("224.0.0.1"), "4: services[0].address: 224.0.0.1 is a multicast address"},
 		{"multicast 6", at("ff02::1"), "4: services[0].address: ff02::1 is a multicast address"},
-		{"unspecified", at("0.0.0.0"), "4: services[0].address: 0.0.0.0 is the unspecified address"},
+		{"unspecified", at("0.0.0.0"), "4: services[0].address: 0.0.0.0 is the unspecified address: write the address itself"},
 		{"unspecified 6", at("'::'"), "4: services[0].address: :: is the unspecified address"},
 		{"v4-mapped", at("::ffff:192.0.2.1"), "4: services[0].address: ::ffff:192.0.2.1 is an IPv4 address mapped into IPv6: write 192.0.2.1"},
 		{"link-local", at("fe80::1"), "4: services[0].address: fe80::1 is a link-local address without an interface: add its interface, as in fe80::1%eth0"},
@@ -229,6 +241,7 @@ func TestRefusals(t *testing.T) {
 		{"source ports one", service("source_ports: 5000"), "6: services[0].source_ports: \"5000\" is one port where a range belongs: write 5000-5000"},
 		{"source ports reversed", service("source_ports: 10-5"), "6: services[0].source_ports: \"10-5\" ends before it begins: write 5-10"},
 		{"source ports from zero", service("source_ports: 0-5"), "6: services[0].source_ports: \"0-5\" is not a range of ports"},
+		{"source ports with a colon", service("source_ports: 'a: b'"), "6: services[0].source_ports: \"a: b\" is not a range of ports: write two, as in 1024-32767"},
 		{"source ports over a service", service("source_addresses: [10.0.0.1, 192.0.2.10]\n  source_ports: 1-443"), "7: services[0].source_ports: ports 1-443 of 192.0.2.10 hold port 443 of service chat on that address"},
 		{"source ports over another service", two("source_addresses: [192.0.2.99]\n  source_ports: 1024-9000", "name: web, address: 192.0.2.99, port: 8080"), "7: services[0].source_ports: ports 1024-9000 of 192.0.2.99 hold port 8080 of service web"},
 		{"source ports differ", two("source_addresses: [10.0.0.1]\n  source_ports: 1024-9000", "name: web, address: 192.0.2.10, port: 80, source_addresses: [10.0.0.1]"), "11: services[1].source_addresses[0]: 10.0.0.1 has source ports by default here, but 1024-9000 in service chat"},
@@ -353,6 +366,10 @@ func TestAccepted(t *testing.T) {
 		"a pin path below a dot":        "dataplane: {pin_path: /run/netns.d/fairlead}\n",
 		"words of YAML 1.1":             service("announce: off"),
 		"4096 services":                 services(maxServices, 1),
+		"udp by every method": two("protocol: udp", "name: a, address: 192.0.2.10, port: 1, protocol: udp, method: nat") +
+			"- {name: b, address: 192.0.2.10, port: 2, protocol: udp, method: dsr, backends: [{name: b, address: 10.0.0.20}]}\n" +
+			"- {name: c, address: 192.0.2.10, port: 3, protocol: udp, method: ipip, backends: [{name: b, address: 10.0.0.20}]}\n" +
+			"- {name: d, address: 192.0.2.10, port: 4, protocol: udp, method: gue, backends: [{name: b, address: 10.0.0.20}]}\n",
 	} {
 		if _, err := parse("edge.yaml", []byte(text), testHostname); err != nil {
 			t.Errorf("%s: %.2000v", name, err)
@@ -384,6 +401,7 @@ services:
 - {name: nat, address: 192.0.2.10, port: 1, method: nat, backends: [{name: a, address: 10.0.0.1}]}
 - {name: gue, address: 192.0.2.10, port: 2, method: gue, backends: [{name: a, address: 10.0.0.1}]}
 - {name: dsr, address: 192.0.2.10, port: 3, method: dsr, backends: [{name: a, address: 10.0.0.1}]}
+- {name: dns, addresses: [192.0.2.10, 192.0.2.11], ports: [53, 5300-5400], protocol: udp, method: gue, tunnel_source: 10.9.0.0/24, backends: [{name: a, address: 10.0.0.1}]}
 `)
 	var got []string
 	for _, err := range cfg.Unsupported() {
@@ -392,14 +410,10 @@ services:
 	}
 	want := []string{
 		"edge.yaml:3: dataplane.mode: mode userspace is not built yet in this version: use auto or xdp",
-		"edge.yaml:8: services[0].protocol: service chat: protocol udp is not built yet in this version: use tcp",
-		"edge.yaml:9: services[0].method: service chat: method ipip is not built yet in this version: use fullnat or dsr",
 		"edge.yaml:11: services[0].balance.mode: service chat: balance mode load is not built yet in this version: use hash",
 		"edge.yaml:12: services[0].proxy_protocol: service chat: proxy_protocol v2 is not built yet in this version: use none",
 		"edge.yaml:13: services[0].health.type: service chat: health type http is not built yet in this version: use none, or leave health out",
 		"edge.yaml:19: services[0].backends[1].health.type: service chat: health type http of backend b is not built yet in this version: use none, or leave health out",
-		"edge.yaml:21: services[1].method: service nat: method nat is not built yet in this version: use fullnat or dsr",
-		"edge.yaml:22: services[2].method: service gue: method gue is not built yet in this version: use fullnat or dsr",
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("unsupported (-want +got):\n%s", diff)
