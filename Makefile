@@ -142,10 +142,11 @@ test-long: peers ## the long forms: 10,000 WebSockets, 1,000,000 tuples, 100,000
 	} | $(GO) run ./test/summary
 
 .PHONY: test-kernels
-test-kernels: ## boot other kernels in virtual machines (6.1 is the oldest) and test the data plane in them
+test-kernels: ## boot other kernels in virtual machines (6.1 is the oldest) and test the data plane in them, on virtio-net as well
 	@$(need_root)
 	@$(call install,$(KERNEL_PACKAGES))
 	$(GO) test -count=1 -v -timeout 60m -run '^TestKernels$$' ./test/kernels -kernels
+	$(GO) test -count=1 -v -timeout 20m -run '^TestVirtio$$' ./test/kernels -kernels.virtio=bookworm,trixie
 
 .PHONY: fuzz
 fuzz: ## every fuzz target for FUZZTIME, 20s

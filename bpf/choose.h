@@ -20,6 +20,11 @@ struct choice {
 	__u32 new;
 };
 
+static __always_inline bool is_udp(const struct flow *flow)
+{
+	return use_udp && flow->protocol == IPPROTO_UDP;
+}
+
 // stateless tells the methods whose packets from clients need nothing but the backend's name.
 static __always_inline bool stateless(__u8 method)
 {
@@ -121,7 +126,7 @@ __noinline int half_paired(struct half_open *half)
 	if (!half || !room)
 		return false;
 	backend = backend_get(half->backend);
-	if (!backend || !reply_tuple(room->flow.family, backend, half->source, half->source_port, &room->port.reply))
+	if (!backend || !reply_tuple(&room->flow, backend, half->source, half->source_port, &room->port.reply))
 		return false;
 	back = half_reply_find(room->flow.family, &room->port.reply, NULL);
 	if (!back || back->generation != half->generation)
@@ -141,7 +146,7 @@ __noinline int confirm(struct half_open *half, struct service *service, __u32 st
 	if (!half || !service || !room)
 		return false;
 	flow = &room->flow;
-	if (!use_fullnat || !half->source_port) {
+	if (half->state & HALF_STATELESS) {
 		if (!connection_insert(half, service, state, now))
 			return false;
 		half_open_remove(flow->family, &flow->tuple);
@@ -159,7 +164,8 @@ __noinline int confirm(struct half_open *half, struct service *service, __u32 st
 	}
 	half_open_remove(flow->family, &flow->tuple);
 	BY_FAMILY(flow->family, &room->port.reply, half_replies4, half_replies6, bpf_map_delete_elem);
-	ports_look_after(backend, room->back.pool, now);
+	if (use_fullnat && half->source_port)
+		ports_look_after(backend, room->back.pool, now);
 	return true;
 }
 
@@ -186,11 +192,11 @@ static __always_inline enum verdict established(const struct flow *flow, const s
 		}
 		return FORWARD_TABLE;
 	}
-	if (track_client(ctl, bits, conn, flow, now) && conn->source_port) {
+	if (track_client(ctl, bits, conn, flow, now) && !(conn->state & STATE_STATELESS)) {
 		// Replies go back by the hop this packet came from.
 		if (*(__u32 *)conn->hop.mac != *(__u32 *)flow->from.mac ||
 		    *(__u16 *)&conn->hop.mac[4] != *(__u16 *)&flow->from.mac[4] ||
-		    conn->hop.ifindex != flow->from.ifindex)
+		    conn->hop.ifindex != flow->from.ifindex || *(__u32 *)conn->hop.vlan != *(__u32 *)flow->from.vlan)
 			conn->hop = flow->from;
 	}
 	if (!(service->flags & SERVICE_RING_FIRST))
@@ -220,12 +226,19 @@ static __always_inline enum verdict half_opened(struct flow *flow, struct servic
 	choice->source_port = half->source_port;
 	if (!ctl || !bits || flow->flags & TCP_RST)
 		return FORWARD_HALF_OPEN;
+	if (is_udp(flow)) {
+		// Where replies are seen, one has confirmed it already, if there was room; elsewhere a client that goes
+		// on sending does.
+		if (half->state & HALF_STATELESS ? now - half->first >= UDP_PROOF : half->state & HALF_SYN_ACK)
+			confirm(half, service, half->state & HALF_STATELESS ? STATE_STATELESS | STATE_YOUNG : 0, now);
+		return FORWARD_HALF_OPEN;
+	}
 	if (flow->flags & TCP_SYN) {
 		fresh_clear(ctl, bits, flow->hash);
 		half->client_sequence[1] = flow->sequence + 1;
 		return FORWARD_HALF_OPEN;
 	}
-	if (half->source_port) {
+	if (!(half->state & HALF_STATELESS)) {
 		// The backend's SYN-ACK, then the client's matching ACK. What a backend may have sent with TCP Fast
 		// Open (RFC 7413) fits into the window.
 		if (!(half->state & HALF_SYN_ACK) || flow->acknowledgement - half->backend_sequence > 0xffff)
@@ -256,7 +269,40 @@ static __always_inline bool takes_new(const struct backend *backend)
 	return (backend->flags & (BACKEND_UP | BACKEND_NEIGHBOR | BACKEND_LEAVING)) == (BACKEND_UP | BACKEND_NEIGHBOR);
 }
 
-// opening is a SYN of a connection nobody knows.
+static __always_inline bool same_tuple(__u8 family, const union tuple *a, const union tuple *b)
+{
+	const __u32 *left = (const __u32 *)a, *right = (const __u32 *)b;
+	__u32 differ = 0;
+
+	for (int i = 0; i < (int)sizeof(struct tuple4) / 4; i++)
+		differ |= left[i] ^ right[i];
+	if (family == FAMILY_IPV6)
+		for (int i = sizeof(struct tuple4) / 4; i < (int)sizeof(struct tuple6) / 4; i++)
+			differ |= left[i] ^ right[i];
+	return !differ;
+}
+
+// nat_way_free says whether no other connection has the way back that the flow in hand would have from a backend by
+// nat, and leaves its tuple in the scratch room: one client port to two services that share a backend gives one.
+__noinline int nat_way_free(struct backend *backend, __u32 now)
+{
+	struct scratch *room = scratch_get();
+	struct way_back *back;
+	union tuple *client;
+	struct flow *flow;
+
+	if (!backend || !room)
+		return false;
+	flow = &room->flow;
+	client = &room->reply_choice.client;
+	nat_tuple(backend, &flow->tuple, &room->port.reply);
+	if (reply_find(flow->family, &room->port.reply, client) && !same_tuple(flow->family, client, &flow->tuple))
+		return false;
+	back = half_reply_find(flow->family, &room->port.reply, client);
+	return !back || now - back->first >= half_open_life || same_tuple(flow->family, client, &flow->tuple);
+}
+
+// opening is a SYN, or UDP's first packet, of a connection nobody knows.
 __noinline int opening(struct service *service, struct choice *choice)
 {
 	__u32 now = clock_now();
@@ -266,7 +312,7 @@ __noinline int opening(struct service *service, struct choice *choice)
 	struct scratch *room = scratch_get();
 	struct half_open *half;
 	struct flow *flow;
-	bool any = false;
+	bool any = false, collided = false;
 	__u64 hash, own;
 	int failed;
 
@@ -292,10 +338,16 @@ __noinline int opening(struct service *service, struct choice *choice)
 			continue;
 		any = true;
 		backend = backend_get(half->backend);
-		if (backend && takes_new(backend))
-			break;
+		if (backend && takes_new(backend)) {
+			if (!use_nat || backend->method != METHOD_NAT || nat_way_free(backend, now))
+				break;
+			count_event(EVENT_COLLISION);
+			collided = true;
+		}
 		backend = NULL;
 	}
+	if (!backend && collided)
+		return RESET_NO_PORT;
 	if (!backend)
 		return any ? DROP_NO_NEIGHBOR : RESET_NO_BACKEND;
 
@@ -305,23 +357,30 @@ __noinline int opening(struct service *service, struct choice *choice)
 	half->client_sequence[0] = half->client_sequence[1] = flow->sequence + 1;
 	half->service = service->id;
 	half->hop = flow->from;
-	if (use_fullnat && backend->method == METHOD_FULLNAT) {
+	if (stateless(backend->method)) {
+		half->state = HALF_STATELESS;
+	} else {
+		bool fullnat = use_fullnat && backend->method == METHOD_FULLNAT;
+
 		if (!room_left(ctl, connection_capacity / HANDSHAKE_SHARE)) {
 			count_event(EVENT_TABLE_FULL);
 			return RESET_TABLE_FULL;
 		}
-		if (!port_take(backend, flow->hash >> 20, now))
+		if (fullnat && !port_take(backend, flow->hash >> 20, now))
 			return RESET_NO_PORT;
 		__builtin_memset(&room->back, 0, sizeof(room->back));
 		room->back.generation = half->generation;
 		room->back.first = now;
-		room->back.pool = room->port.pool;
+		if (fullnat) {
+			room->back.pool = room->port.pool;
+			half->source = room->port.source;
+			half->source_port = room->port.port;
+		}
 		failed = reply_insert(true);
-		port_handed_out();
+		if (fullnat)
+			port_handed_out();
 		if (failed)
 			return RESET_TABLE_FULL;
-		half->source = room->port.source;
-		half->source_port = room->port.port;
 	}
 	// Where the ring may answer alone, the tables must yet be asked for what confirms this connection, whoever
 	// shares its fresh bit; and an entry on another slot's backend has its exception bit first.
@@ -336,24 +395,6 @@ __noinline int opening(struct service *service, struct choice *choice)
 	choice->source_port = half->source_port;
 	choice->new = true;
 	return FORWARD_NEW;
-}
-
-// adoption_allowed spends one of this tick's adoptions.
-static __always_inline bool adoption_allowed(__u32 now)
-{
-	__u32 zero = 0;
-	struct adoption *adoption = bpf_map_lookup_elem(&adoptions, &zero);
-
-	if (!adoption)
-		return false;
-	if (adoption->tick != now) {
-		adoption->tick = now;
-		adoption->left = adoptions_a_tick;
-	}
-	if (!adoption->left)
-		return false;
-	adoption->left--;
-	return true;
 }
 
 // unknown is a packet in mid-connection that no table knows: the ring decides, where its method can do without more.
@@ -380,7 +421,7 @@ __noinline int unknown(struct service *service, struct choice *choice)
 		return RESET_UNKNOWN;
 	if (flow->flags & (TCP_FIN | TCP_RST) || !(backend->flags & BACKEND_UP))
 		return FORWARD_UNKNOWN;
-	if (!adoption_allowed(now)) {
+	if (!budget_spend(BUDGET_ADOPTIONS, adoptions_a_tick, now)) {
 		count_event(EVENT_ADOPTION_LIMITED);
 		return FORWARD_UNKNOWN;
 	}
@@ -402,7 +443,7 @@ static __always_inline enum verdict backend_lost(struct flow *flow, struct servi
 	struct backend *backend;
 	__u32 word;
 
-	if (service->on_backend_down == DOWN_REHASH && !conn->source_port) {
+	if (service->on_backend_down == DOWN_REHASH && conn->state & STATE_STATELESS) {
 		word = slot_look(flow, service) & SLOT_BACKEND;
 		backend = backend_get(word);
 		if (backend && stateless(backend->method) && backend->flags & BACKEND_UP)
@@ -413,6 +454,13 @@ static __always_inline enum verdict backend_lost(struct flow *flow, struct servi
 	return established(flow, service, conn, now, choice);
 }
 
+// lost_for_good tells whether the service's policy has nothing for a connection whose backend is down but its end.
+static __always_inline bool lost_for_good(const struct service *service, const struct connection *conn)
+{
+	return service->on_backend_down == DOWN_RESET ||
+	       (service->on_backend_down == DOWN_REHASH && !(conn->state & STATE_STATELESS));
+}
+
 #define NOT_IN_TABLES VERDICT_COUNT
 
 // by_tables asks the connection table, then the half-open one. An entry whose backend is down gives way to a newer
@@ -421,6 +469,8 @@ static __always_inline enum verdict backend_lost(struct flow *flow, struct servi
 __noinline int by_tables(struct service *service, struct choice *choice)
 {
 	__u32 now = clock_now();
+	struct control_block *ctl = control_get();
+	struct bitmap_set *bits = bitmaps_get();
 	struct scratch *room = scratch_get();
 	struct connection *conn;
 	struct backend *backend;
@@ -439,8 +489,18 @@ __noinline int by_tables(struct service *service, struct choice *choice)
 	half = half_open_find(flow->family, &flow->tuple, flow->hash, now);
 	if (half) {
 		backend = backend_get(half->backend);
-		if (backend && backend->flags & BACKEND_UP && (!use_fullnat || !half->source_port || half_paired(half)))
+		if (backend && backend->flags & BACKEND_UP && (half->state & HALF_STATELESS || half_paired(half)))
 			return half_opened(flow, service, half, now, choice);
+	}
+	if (conn && is_udp(flow) && lost_for_good(service, conn)) {
+		// Its client is told once. What it sends then is new: UDP has no other way to say so.
+		if (conn->state & STATE_IDLE)
+			return NOT_IN_TABLES;
+		if (ctl && bits)
+			exception_note(ctl, bits, flow->hash);
+		conn->marked = now;
+		state_change(conn, 0, STATE_IDLE);
+		return RESET_BACKEND_DOWN;
 	}
 	if (conn && !(flow->flags & TCP_SYN))
 		return backend_lost(flow, service, conn, now, choice);
@@ -456,11 +516,12 @@ static __always_inline enum verdict choose(struct packet *pkt, struct service *s
 	__u32 verdict, word;
 
 	// A client's packet is a SYN, a RST, or carries an ACK.
-	if (flow->flags & TCP_SYN ? flow->flags & (TCP_ACK | TCP_FIN | TCP_RST) : !(flow->flags & (TCP_ACK | TCP_RST)))
+	if (!is_udp(flow) && (flow->flags & TCP_SYN ? flow->flags & (TCP_ACK | TCP_FIN | TCP_RST)
+						    : !(flow->flags & (TCP_ACK | TCP_RST))))
 		return DROP_BAD_FLAGS;
 	// The fast path: no table is read and no clock asked.
-	if (use_dsr && service->flags & SERVICE_RING_FIRST && !(flow->flags & (TCP_SYN | TCP_FIN | TCP_RST)) && ctl &&
-	    bits) {
+	if ((use_dsr || use_tunnel) && service->flags & SERVICE_RING_FIRST &&
+	    !(flow->flags & (TCP_SYN | TCP_FIN | TCP_RST)) && ctl && bits) {
 		word = slot_look(flow, service);
 		if (!(word & SLOT_UNSETTLED) && !exception_test(ctl, bits, flow->hash) &&
 		    fresh_test(ctl, bits, flow->hash)) {
@@ -473,7 +534,7 @@ static __always_inline enum verdict choose(struct packet *pkt, struct service *s
 	verdict = by_tables(service, choice);
 	if (verdict != NOT_IN_TABLES)
 		return verdict;
-	if (flow->flags & TCP_SYN)
+	if (flow->flags & TCP_SYN || is_udp(flow))
 		return opening(service, choice);
 	// What was confirmed by another CPU between the looks into the two tables is in the first one now.
 	verdict = by_tables(service, choice);

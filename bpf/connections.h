@@ -83,26 +83,56 @@ __noinline int reply_insert(__u32 half)
 		    : bpf_map_update_elem(&replies6, &room->port.reply.v6, &value, BPF_NOEXIST);
 }
 
-// reply_tuple is the tuple of the packets that the backend sends back to a source address and port.
-static __always_inline bool reply_tuple(__u8 family, const struct backend *backend, __u32 source_id, __be16 source_port,
-					union tuple *reply)
+// fullnat_tuple is the tuple of the packets that a backend by fullnat sends back to a source address and port.
+static __always_inline bool fullnat_tuple(const struct backend *backend, __u32 source_id, __be16 source_port,
+					  union tuple *reply)
 {
 	struct source *source = bpf_map_lookup_elem(&sources, &source_id);
 
 	if (!source)
 		return false;
 	__builtin_memset(reply, 0, sizeof(*reply));
-	if (family == FAMILY_IPV4) {
+	if (backend->family == FAMILY_IPV4) {
 		reply->v4.saddr = backend->address[0];
 		reply->v4.sport = backend->port;
 		reply->v4.daddr = source->address[0];
 		reply->v4.dport = source_port;
+		reply->v4.protocol = backend->protocol;
 	} else {
 		__builtin_memcpy(reply->v6.saddr, backend->address, sizeof(reply->v6.saddr));
 		reply->v6.sport = backend->port;
 		__builtin_memcpy(reply->v6.daddr, source->address, sizeof(reply->v6.daddr));
 		reply->v6.dport = source_port;
+		reply->v6.protocol = backend->protocol;
 	}
+	return true;
+}
+
+// nat_tuple is the same for nat, where the backend answers the client's own address.
+static __always_inline void nat_tuple(const struct backend *backend, const union tuple *client, union tuple *reply)
+{
+	__builtin_memset(reply, 0, sizeof(*reply));
+	if (backend->family == FAMILY_IPV4) {
+		reply->v4.saddr = backend->address[0];
+		reply->v4.sport = backend->port;
+		reply->v4.daddr = client->v4.saddr;
+		reply->v4.dport = client->v4.sport;
+		reply->v4.protocol = backend->protocol;
+	} else {
+		__builtin_memcpy(reply->v6.saddr, backend->address, sizeof(reply->v6.saddr));
+		reply->v6.sport = backend->port;
+		__builtin_memcpy(reply->v6.daddr, client->v6.saddr, sizeof(reply->v6.daddr));
+		reply->v6.dport = client->v6.sport;
+		reply->v6.protocol = backend->protocol;
+	}
+}
+
+static __always_inline bool reply_tuple(const struct flow *client, const struct backend *backend, __u32 source_id,
+					__be16 source_port, union tuple *reply)
+{
+	if (!use_nat || backend->method != METHOD_NAT)
+		return fullnat_tuple(backend, source_id, source_port, reply);
+	nat_tuple(backend, &client->tuple, reply);
 	return true;
 }
 
@@ -165,11 +195,11 @@ __noinline int connection_remove(__u32 generation, __u32 whose_room)
 	if (state & STATE_YOUNG && __sync_fetch_and_and(&conn->state, ~STATE_YOUNG) & STATE_YOUNG)
 		__sync_fetch_and_add(&ctl->young, -1);
 	count_event(EVENT_REMOVED);
-	if (!use_fullnat || !port)
+	if (state & STATE_STATELESS)
 		return 1;
 
 	backend = bpf_map_lookup_elem(&backends, &id);
-	if (!backend || !reply_tuple(client->family, backend, source, port, &room->removed))
+	if (!backend || !reply_tuple(client, backend, source, port, &room->removed))
 		return 1;
 	back = reply_find(client->family, &room->removed, NULL);
 	if (!back || back->generation != generation)
@@ -177,7 +207,7 @@ __noinline int connection_remove(__u32 generation, __u32 whose_room)
 	pool = back->pool;
 	token = __sync_lock_test_and_set(&back->token, TOKEN_GONE);
 	BY_FAMILY(client->family, &room->removed, replies4, replies6, bpf_map_delete_elem);
-	if (token != TOKEN_OUT)
+	if (!port || token != TOKEN_OUT)
 		return 1;
 	number = bpf_ntohs(port);
 	queue = ports_of(pool, PORTS_UNUSED);

@@ -57,3 +57,20 @@ static __always_inline void count_refused(struct traffic *traffic)
 	if (traffic)
 		traffic->refused++;
 }
+
+// budget_spend spends one of what a CPU may do so many times in a tick.
+static __always_inline bool budget_spend(__u32 kind, __u32 a_tick, __u32 now)
+{
+	struct budget *budget = bpf_map_lookup_elem(&budgets, &kind);
+
+	if (!budget)
+		return false;
+	if (budget->tick != now) {
+		budget->tick = now;
+		budget->left = a_tick;
+	}
+	if (!budget->left)
+		return false;
+	budget->left--;
+	return true;
+}

@@ -7,5 +7,5 @@
 
 static __always_inline int dsr_forward(struct packet *pkt, struct backend *backend)
 {
-	return send_to(pkt, &backend->hop[backend->hop_index & 1]);
+	return send_to(pkt, backend_hop(backend));
 }

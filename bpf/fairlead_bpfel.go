@@ -18,25 +18,32 @@ type FairleadAddress6 struct {
 	Address [4]uint32
 }
 
-type FairleadAdoption struct {
-	_    structs.HostLayout
-	Tick uint32
-	Left uint32
-}
+type FairleadAddressFlag uint32
+
+const (
+	FairleadAddressFlagADDRESS_SERVICE FairleadAddressFlag = 1
+	FairleadAddressFlagADDRESS_SOURCE  FairleadAddressFlag = 2
+	FairleadAddressFlagADDRESS_TUNNEL  FairleadAddressFlag = 4
+	FairleadAddressFlagADDRESS_OWN     FairleadAddressFlag = 8
+)
 
 type FairleadBackend struct {
-	_         structs.HostLayout
-	Address   [4]uint32
-	Port      uint16
-	Family    uint8
-	Method    uint8
-	Flags     uint32
-	Service   uint32
-	Mtu       uint32
-	HopIndex  uint32
-	Hop       [2]FairleadHop
-	PoolCount uint32
-	Pools     [16]uint32
+	_            structs.HostLayout
+	Address      [4]uint32
+	Port         uint16
+	Family       uint8
+	Method       uint8
+	Flags        uint32
+	Service      uint32
+	Mtu          uint32
+	HopIndex     uint32
+	Protocol     uint8
+	Pad          [3]uint8
+	TunnelSource [4]uint32
+	TunnelMask   uint32
+	Hop          [2]FairleadHop
+	PoolCount    uint32
+	Pools        [16]uint32
 }
 
 type FairleadBackendFlag uint32
@@ -60,6 +67,12 @@ type FairleadBitmapSet struct {
 	_         structs.HostLayout
 	Exception [2][16384]uint64
 	Fresh     [2][16384]uint64
+}
+
+type FairleadBudget struct {
+	_    structs.HostLayout
+	Tick uint32
+	Left uint32
 }
 
 type FairleadConnection struct {
@@ -99,21 +112,30 @@ const (
 )
 
 type FairleadControlBlock struct {
-	_              structs.HostLayout
-	Epoch          uint32
-	ExceptionIndex uint32
-	ExceptionBoth  uint32
-	Pad            [13]uint32
-	Connections    int64
-	Pad2           [7]uint64
-	Young          int64
-	Pad3           [7]uint64
+	_               structs.HostLayout
+	Epoch           uint32
+	ExceptionIndex  uint32
+	ExceptionBoth   uint32
+	Pad             [13]uint32
+	Connections     int64
+	Pad2            [7]uint64
+	Young           int64
+	Pad3            [7]uint64
+	Identifications uint64
+	Pad4            [7]uint64
 }
 
 type FairleadCounterSet struct {
 	_        structs.HostLayout
-	Verdicts [25]uint64
-	Events   [12]uint64
+	Verdicts [39]uint64
+	Events   [14]uint64
+}
+
+type FairleadDevice struct {
+	_   structs.HostLayout
+	Mtu uint32
+	Mac [6]uint8
+	Pad uint16
 }
 
 type FairleadDownPolicy uint32
@@ -139,7 +161,9 @@ const (
 	FairleadEventEVENT_PORT_STOLEN      FairleadEvent = 9
 	FairleadEventEVENT_RESOLVED_SELF    FairleadEvent = 10
 	FairleadEventEVENT_REMOVED          FairleadEvent = 11
-	FairleadEventEVENT_COUNT            FairleadEvent = 12
+	FairleadEventEVENT_COLLISION        FairleadEvent = 12
+	FairleadEventEVENT_PATH_MTU         FairleadEvent = 13
+	FairleadEventEVENT_COUNT            FairleadEvent = 14
 )
 
 type FairleadFamily uint32
@@ -155,6 +179,30 @@ type FairleadFillRequest struct {
 	FirstPort uint32
 	Count     uint32
 	Pad       uint32
+}
+
+type FairleadFragment struct {
+	_       structs.HostLayout
+	Tick    uint32
+	Backend uint32
+	Service uint32
+	Id      uint32
+	Reply   uint32
+	Rewrite uint32
+	Hash    uint32
+	Saddr   [4]uint32
+	Daddr   [4]uint32
+	Hop     FairleadHop
+}
+
+type FairleadFragmentKey struct {
+	_        structs.HostLayout
+	Saddr    [4]uint32
+	Daddr    [4]uint32
+	Id       uint32
+	Protocol uint8
+	Family   uint8
+	Pad      uint16
 }
 
 type FairleadHalfOpen struct {
@@ -176,8 +224,9 @@ type FairleadHalfOpen struct {
 type FairleadHalfState uint32
 
 const (
-	FairleadHalfStateHALF_SYN_ACK FairleadHalfState = 1
-	FairleadHalfStateHALF_ACK     FairleadHalfState = 2
+	FairleadHalfStateHALF_SYN_ACK   FairleadHalfState = 1
+	FairleadHalfStateHALF_ACK       FairleadHalfState = 2
+	FairleadHalfStateHALF_STATELESS FairleadHalfState = 4
 )
 
 type FairleadHop struct {
@@ -192,10 +241,14 @@ type FairleadLimits uint32
 
 const (
 	FairleadLimitsMAX_SERVICES        FairleadLimits = 4096
+	FairleadLimitsMAX_SERVICE_KEYS    FairleadLimits = 65536
 	FairleadLimitsMAX_BACKENDS        FairleadLimits = 16384
 	FairleadLimitsMAX_SOURCES         FairleadLimits = 1024
 	FairleadLimitsMAX_POOLS           FairleadLimits = 65536
 	FairleadLimitsMAX_POOLS_A_BACKEND FairleadLimits = 16
+	FairleadLimitsMAX_ADDRESSES       FairleadLimits = 65536
+	FairleadLimitsMAX_DEVICES         FairleadLimits = 1024
+	FairleadLimitsMAX_FRAGMENTS       FairleadLimits = 16384
 	FairleadLimitsMAX_RING_SIZE       FairleadLimits = 8388593
 	FairleadLimitsMAX_NAME            FairleadLimits = 64
 	FairleadLimitsBITMAP_BITS         FairleadLimits = 1048576
@@ -203,6 +256,9 @@ const (
 	FairleadLimitsTICK_SHIFT          FairleadLimits = 24
 	FairleadLimitsTEND_RECORDS        FairleadLimits = 64
 	FairleadLimitsFILL_PORTS          FairleadLimits = 1024
+	FairleadLimitsPORT_NUMBERS        FairleadLimits = 65536
+	FairleadLimitsGUE_PORT            FairleadLimits = 6080
+	FairleadLimitsQUOTE_MAX           FairleadLimits = 512
 )
 
 type FairleadMethod uint32
@@ -215,6 +271,18 @@ const (
 	FairleadMethodMETHOD_GUE     FairleadMethod = 5
 )
 
+type FairleadPath struct {
+	_    structs.HostLayout
+	Mtu  uint32
+	Tick uint32
+}
+
+type FairleadPathKey struct {
+	_       structs.HostLayout
+	Address [4]uint32
+	Family  uint32
+}
+
 type FairleadPool struct {
 	_        structs.HostLayout
 	Source   uint32
@@ -222,6 +290,19 @@ type FairleadPool struct {
 	Port     uint16
 	Family   uint8
 	Protocol uint8
+}
+
+type FairleadPortFlag uint32
+
+const (
+	FairleadPortFlagPORT_SERVICE FairleadPortFlag = 1
+	FairleadPortFlagPORT_SOURCE  FairleadPortFlag = 2
+	FairleadPortFlagPORT_BACKEND FairleadPortFlag = 4
+)
+
+type FairleadPortSet struct {
+	_     structs.HostLayout
+	Flags [65536]uint8
 }
 
 type FairleadReply4 struct {
@@ -239,7 +320,7 @@ type FairleadReply6 struct {
 type FairleadSchema uint32
 
 const (
-	FairleadSchemaSCHEMA_VERSION FairleadSchema = 1
+	FairleadSchemaSCHEMA_VERSION FairleadSchema = 2
 )
 
 type FairleadScratch struct {
@@ -258,7 +339,12 @@ type FairleadScratch struct {
 		Family          uint8
 		Protocol        uint8
 		Flags           uint8
-		Pad             uint8
+		Fragment        uint8
+		Length          uint32
+		L3              uint16
+		L4              uint16
+		Extension       uint16
+		Loose           uint16
 		From            FairleadHop
 	}
 	Connection FairleadConnection
@@ -282,6 +368,11 @@ type FairleadScratch struct {
 		V4 FairleadTuple4
 		_  [24]byte
 	}
+	Kept struct {
+		_  structs.HostLayout
+		V4 FairleadTuple4
+		_  [24]byte
+	}
 	ReplyChoice struct {
 		_      structs.HostLayout
 		Client struct {
@@ -293,6 +384,34 @@ type FairleadScratch struct {
 		Backend uint32
 		Service uint32
 	}
+	Quoted struct {
+		_     structs.HostLayout
+		Tuple struct {
+			_  structs.HostLayout
+			V4 FairleadTuple4
+			_  [24]byte
+		}
+		To struct {
+			_  structs.HostLayout
+			V4 FairleadTuple4
+			_  [24]byte
+		}
+		Icmp     uint16
+		L3       uint16
+		L4       uint16
+		L4Length uint16
+		Mtu      uint32
+		Saddr    [4]uint32
+		Daddr    [4]uint32
+		Type     uint8
+		Pad      [3]uint8
+	}
+	FragmentKey FairleadFragmentKey
+	Fragment    FairleadFragment
+	Path        FairleadPathKey
+	Mtu         uint32
+	Quote       [512]uint8
+	_           [4]byte
 }
 
 type FairleadService struct {
@@ -358,6 +477,13 @@ type FairleadSource struct {
 	Pad       [3]uint8
 }
 
+type FairleadTag uint32
+
+const (
+	FairleadTagTAG_ID     FairleadTag = 4095
+	FairleadTagTAG_8021AD FairleadTag = 4096
+)
+
 type FairleadTendRecord struct {
 	_          structs.HostLayout
 	What       uint32
@@ -405,50 +531,68 @@ type FairleadTraffic struct {
 }
 
 type FairleadTuple4 struct {
-	_     structs.HostLayout
-	Saddr uint32
-	Daddr uint32
-	Sport uint16
-	Dport uint16
+	_        structs.HostLayout
+	Saddr    uint32
+	Daddr    uint32
+	Sport    uint16
+	Dport    uint16
+	Protocol uint8
+	Pad      [3]uint8
 }
 
 type FairleadTuple6 struct {
-	_     structs.HostLayout
-	Saddr [4]uint32
-	Daddr [4]uint32
-	Sport uint16
-	Dport uint16
+	_        structs.HostLayout
+	Saddr    [4]uint32
+	Daddr    [4]uint32
+	Sport    uint16
+	Dport    uint16
+	Protocol uint8
+	Pad      [3]uint8
 }
 
 type FairleadVerdict uint32
 
 const (
-	FairleadVerdictPASS_NOT_OURS      FairleadVerdict = 0
-	FairleadVerdictPASS_FRAGMENT      FairleadVerdict = 1
-	FairleadVerdictPASS_REPLY_UNKNOWN FairleadVerdict = 2
-	FairleadVerdictFORWARD_RING       FairleadVerdict = 3
-	FairleadVerdictFORWARD_TABLE      FairleadVerdict = 4
-	FairleadVerdictFORWARD_HALF_OPEN  FairleadVerdict = 5
-	FairleadVerdictFORWARD_NEW        FairleadVerdict = 6
-	FairleadVerdictFORWARD_ADOPTED    FairleadVerdict = 7
-	FairleadVerdictFORWARD_UNKNOWN    FairleadVerdict = 8
-	FairleadVerdictREPLY_TABLE        FairleadVerdict = 9
-	FairleadVerdictREPLY_HALF_OPEN    FairleadVerdict = 10
-	FairleadVerdictRESET_UNKNOWN      FairleadVerdict = 11
-	FairleadVerdictRESET_NO_BACKEND   FairleadVerdict = 12
-	FairleadVerdictRESET_TABLE_FULL   FairleadVerdict = 13
-	FairleadVerdictRESET_NO_PORT      FairleadVerdict = 14
-	FairleadVerdictRESET_BACKEND_DOWN FairleadVerdict = 15
-	FairleadVerdictRESET_LEAVING      FairleadVerdict = 16
-	FairleadVerdictDROP_TRUNCATED     FairleadVerdict = 17
-	FairleadVerdictDROP_BAD_HEADER    FairleadVerdict = 18
-	FairleadVerdictDROP_BAD_FLAGS     FairleadVerdict = 19
-	FairleadVerdictDROP_FRAGMENT      FairleadVerdict = 20
-	FairleadVerdictDROP_UNKNOWN_RST   FairleadVerdict = 21
-	FairleadVerdictDROP_NO_NEIGHBOR   FairleadVerdict = 22
-	FairleadVerdictDROP_TTL           FairleadVerdict = 23
-	FairleadVerdictDROP_NO_RING       FairleadVerdict = 24
-	FairleadVerdictVERDICT_COUNT      FairleadVerdict = 25
+	FairleadVerdictPASS_NOT_OURS       FairleadVerdict = 0
+	FairleadVerdictPASS_FRAGMENT       FairleadVerdict = 1
+	FairleadVerdictPASS_REPLY_UNKNOWN  FairleadVerdict = 2
+	FairleadVerdictPASS_ICMP           FairleadVerdict = 3
+	FairleadVerdictPASS_TUNNEL_ERROR   FairleadVerdict = 4
+	FairleadVerdictFORWARD_RING        FairleadVerdict = 5
+	FairleadVerdictFORWARD_TABLE       FairleadVerdict = 6
+	FairleadVerdictFORWARD_HALF_OPEN   FairleadVerdict = 7
+	FairleadVerdictFORWARD_NEW         FairleadVerdict = 8
+	FairleadVerdictFORWARD_ADOPTED     FairleadVerdict = 9
+	FairleadVerdictFORWARD_UNKNOWN     FairleadVerdict = 10
+	FairleadVerdictFORWARD_ICMP        FairleadVerdict = 11
+	FairleadVerdictFORWARD_FRAGMENT    FairleadVerdict = 12
+	FairleadVerdictREPLY_TABLE         FairleadVerdict = 13
+	FairleadVerdictREPLY_HALF_OPEN     FairleadVerdict = 14
+	FairleadVerdictREPLY_ICMP          FairleadVerdict = 15
+	FairleadVerdictREPLY_FRAGMENT      FairleadVerdict = 16
+	FairleadVerdictANSWER_ARP          FairleadVerdict = 17
+	FairleadVerdictANSWER_NDP          FairleadVerdict = 18
+	FairleadVerdictANSWER_ECHO         FairleadVerdict = 19
+	FairleadVerdictANSWER_TOO_BIG      FairleadVerdict = 20
+	FairleadVerdictRESET_UNKNOWN       FairleadVerdict = 21
+	FairleadVerdictRESET_NO_BACKEND    FairleadVerdict = 22
+	FairleadVerdictRESET_TABLE_FULL    FairleadVerdict = 23
+	FairleadVerdictRESET_NO_PORT       FairleadVerdict = 24
+	FairleadVerdictRESET_BACKEND_DOWN  FairleadVerdict = 25
+	FairleadVerdictRESET_LEAVING       FairleadVerdict = 26
+	FairleadVerdictRESET_REPLY_UNKNOWN FairleadVerdict = 27
+	FairleadVerdictDROP_TRUNCATED      FairleadVerdict = 28
+	FairleadVerdictDROP_BAD_HEADER     FairleadVerdict = 29
+	FairleadVerdictDROP_BAD_FLAGS      FairleadVerdict = 30
+	FairleadVerdictDROP_LATER_FRAGMENT FairleadVerdict = 31
+	FairleadVerdictDROP_UNKNOWN_RST    FairleadVerdict = 32
+	FairleadVerdictDROP_NO_NEIGHBOR    FairleadVerdict = 33
+	FairleadVerdictDROP_TTL            FairleadVerdict = 34
+	FairleadVerdictDROP_TOO_BIG        FairleadVerdict = 35
+	FairleadVerdictDROP_ANSWER_LIMITED FairleadVerdict = 36
+	FairleadVerdictDROP_NO_HEADROOM    FairleadVerdict = 37
+	FairleadVerdictDROP_NO_RING        FairleadVerdict = 38
+	FairleadVerdictVERDICT_COUNT       FairleadVerdict = 39
 )
 
 type FairleadWayBack struct {
@@ -463,21 +607,29 @@ type FairleadWayBack struct {
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
-	FairleadMapAdoptions          = "adoptions"
+	FairleadMapAddresses4         = "addresses4"
+	FairleadMapAddresses6         = "addresses6"
 	FairleadMapBackendInfo        = "backend_info"
 	FairleadMapBackendTraffic     = "backend_traffic"
 	FairleadMapBackends           = "backends"
 	FairleadMapBitmaps            = "bitmaps"
+	FairleadMapBudgets            = "budgets"
 	FairleadMapConnections4       = "connections4"
 	FairleadMapConnections6       = "connections6"
 	FairleadMapControl            = "control"
 	FairleadMapCounters           = "counters"
+	FairleadMapDevices            = "devices"
+	FairleadMapFragments          = "fragments"
 	FairleadMapGenerations        = "generations"
 	FairleadMapHalfOpen4          = "half_open4"
 	FairleadMapHalfOpen6          = "half_open6"
 	FairleadMapHalfReplies4       = "half_replies4"
 	FairleadMapHalfReplies6       = "half_replies6"
+	FairleadMapNatBackends4       = "nat_backends4"
+	FairleadMapNatBackends6       = "nat_backends6"
+	FairleadMapPaths              = "paths"
 	FairleadMapPools              = "pools"
+	FairleadMapPortFlags          = "port_flags"
 	FairleadMapPorts              = "ports"
 	FairleadMapReplies4           = "replies4"
 	FairleadMapReplies6           = "replies6"
@@ -494,14 +646,21 @@ const (
 	FairleadProgFill              = "fill"
 	FairleadProgTend              = "tend"
 	FairleadVarAdoptionsA_tick    = "adoptions_a_tick"
+	FairleadVarAnswersA_tick      = "answers_a_tick"
 	FairleadVarConnectionCapacity = "connection_capacity"
+	FairleadVarFragmentLife       = "fragment_life"
 	FairleadVarHalfOpenLife       = "half_open_life"
+	FairleadVarPathMtuLife        = "path_mtu_life"
 	FairleadVarSharedTypes        = "shared_types"
 	FairleadVarUseAffinityClient  = "use_affinity_client"
 	FairleadVarUseDsr             = "use_dsr"
 	FairleadVarUseFullnat         = "use_fullnat"
 	FairleadVarUseIpv4            = "use_ipv4"
 	FairleadVarUseIpv6            = "use_ipv6"
+	FairleadVarUseNat             = "use_nat"
+	FairleadVarUseTcp             = "use_tcp"
+	FairleadVarUseTunnel          = "use_tunnel"
+	FairleadVarUseUdp             = "use_udp"
 	FairleadVarYoungBudget        = "young_budget"
 )
 
@@ -556,21 +715,29 @@ type FairleadProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type FairleadMapSpecs struct {
-	Adoptions      *ebpf.MapSpec `ebpf:"adoptions"`
+	Addresses4     *ebpf.MapSpec `ebpf:"addresses4"`
+	Addresses6     *ebpf.MapSpec `ebpf:"addresses6"`
 	BackendInfo    *ebpf.MapSpec `ebpf:"backend_info"`
 	BackendTraffic *ebpf.MapSpec `ebpf:"backend_traffic"`
 	Backends       *ebpf.MapSpec `ebpf:"backends"`
 	Bitmaps        *ebpf.MapSpec `ebpf:"bitmaps"`
+	Budgets        *ebpf.MapSpec `ebpf:"budgets"`
 	Connections4   *ebpf.MapSpec `ebpf:"connections4"`
 	Connections6   *ebpf.MapSpec `ebpf:"connections6"`
 	Control        *ebpf.MapSpec `ebpf:"control"`
 	Counters       *ebpf.MapSpec `ebpf:"counters"`
+	Devices        *ebpf.MapSpec `ebpf:"devices"`
+	Fragments      *ebpf.MapSpec `ebpf:"fragments"`
 	Generations    *ebpf.MapSpec `ebpf:"generations"`
 	HalfOpen4      *ebpf.MapSpec `ebpf:"half_open4"`
 	HalfOpen6      *ebpf.MapSpec `ebpf:"half_open6"`
 	HalfReplies4   *ebpf.MapSpec `ebpf:"half_replies4"`
 	HalfReplies6   *ebpf.MapSpec `ebpf:"half_replies6"`
+	NatBackends4   *ebpf.MapSpec `ebpf:"nat_backends4"`
+	NatBackends6   *ebpf.MapSpec `ebpf:"nat_backends6"`
+	Paths          *ebpf.MapSpec `ebpf:"paths"`
 	Pools          *ebpf.MapSpec `ebpf:"pools"`
+	PortFlags      *ebpf.MapSpec `ebpf:"port_flags"`
 	Ports          *ebpf.MapSpec `ebpf:"ports"`
 	Replies4       *ebpf.MapSpec `ebpf:"replies4"`
 	Replies6       *ebpf.MapSpec `ebpf:"replies6"`
@@ -590,14 +757,21 @@ type FairleadMapSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type FairleadVariableSpecs struct {
 	AdoptionsA_tick    *ebpf.VariableSpec `ebpf:"adoptions_a_tick"`
+	AnswersA_tick      *ebpf.VariableSpec `ebpf:"answers_a_tick"`
 	ConnectionCapacity *ebpf.VariableSpec `ebpf:"connection_capacity"`
+	FragmentLife       *ebpf.VariableSpec `ebpf:"fragment_life"`
 	HalfOpenLife       *ebpf.VariableSpec `ebpf:"half_open_life"`
+	PathMtuLife        *ebpf.VariableSpec `ebpf:"path_mtu_life"`
 	SharedTypes        *ebpf.VariableSpec `ebpf:"shared_types"`
 	UseAffinityClient  *ebpf.VariableSpec `ebpf:"use_affinity_client"`
 	UseDsr             *ebpf.VariableSpec `ebpf:"use_dsr"`
 	UseFullnat         *ebpf.VariableSpec `ebpf:"use_fullnat"`
 	UseIpv4            *ebpf.VariableSpec `ebpf:"use_ipv4"`
 	UseIpv6            *ebpf.VariableSpec `ebpf:"use_ipv6"`
+	UseNat             *ebpf.VariableSpec `ebpf:"use_nat"`
+	UseTcp             *ebpf.VariableSpec `ebpf:"use_tcp"`
+	UseTunnel          *ebpf.VariableSpec `ebpf:"use_tunnel"`
+	UseUdp             *ebpf.VariableSpec `ebpf:"use_udp"`
 	YoungBudget        *ebpf.VariableSpec `ebpf:"young_budget"`
 }
 
@@ -621,21 +795,29 @@ func (o *FairleadObjects) Close() error {
 //
 // It can be passed to LoadFairleadObjects or ebpf.CollectionSpec.LoadAndAssign.
 type FairleadMaps struct {
-	Adoptions      *ebpf.Map `ebpf:"adoptions"`
+	Addresses4     *ebpf.Map `ebpf:"addresses4"`
+	Addresses6     *ebpf.Map `ebpf:"addresses6"`
 	BackendInfo    *ebpf.Map `ebpf:"backend_info"`
 	BackendTraffic *ebpf.Map `ebpf:"backend_traffic"`
 	Backends       *ebpf.Map `ebpf:"backends"`
 	Bitmaps        *ebpf.Map `ebpf:"bitmaps"`
+	Budgets        *ebpf.Map `ebpf:"budgets"`
 	Connections4   *ebpf.Map `ebpf:"connections4"`
 	Connections6   *ebpf.Map `ebpf:"connections6"`
 	Control        *ebpf.Map `ebpf:"control"`
 	Counters       *ebpf.Map `ebpf:"counters"`
+	Devices        *ebpf.Map `ebpf:"devices"`
+	Fragments      *ebpf.Map `ebpf:"fragments"`
 	Generations    *ebpf.Map `ebpf:"generations"`
 	HalfOpen4      *ebpf.Map `ebpf:"half_open4"`
 	HalfOpen6      *ebpf.Map `ebpf:"half_open6"`
 	HalfReplies4   *ebpf.Map `ebpf:"half_replies4"`
 	HalfReplies6   *ebpf.Map `ebpf:"half_replies6"`
+	NatBackends4   *ebpf.Map `ebpf:"nat_backends4"`
+	NatBackends6   *ebpf.Map `ebpf:"nat_backends6"`
+	Paths          *ebpf.Map `ebpf:"paths"`
 	Pools          *ebpf.Map `ebpf:"pools"`
+	PortFlags      *ebpf.Map `ebpf:"port_flags"`
 	Ports          *ebpf.Map `ebpf:"ports"`
 	Replies4       *ebpf.Map `ebpf:"replies4"`
 	Replies6       *ebpf.Map `ebpf:"replies6"`
@@ -652,21 +834,29 @@ type FairleadMaps struct {
 
 func (m *FairleadMaps) Close() error {
 	return _FairleadClose(
-		m.Adoptions,
+		m.Addresses4,
+		m.Addresses6,
 		m.BackendInfo,
 		m.BackendTraffic,
 		m.Backends,
 		m.Bitmaps,
+		m.Budgets,
 		m.Connections4,
 		m.Connections6,
 		m.Control,
 		m.Counters,
+		m.Devices,
+		m.Fragments,
 		m.Generations,
 		m.HalfOpen4,
 		m.HalfOpen6,
 		m.HalfReplies4,
 		m.HalfReplies6,
+		m.NatBackends4,
+		m.NatBackends6,
+		m.Paths,
 		m.Pools,
+		m.PortFlags,
 		m.Ports,
 		m.Replies4,
 		m.Replies6,
@@ -687,14 +877,21 @@ func (m *FairleadMaps) Close() error {
 // It can be passed to LoadFairleadObjects or ebpf.CollectionSpec.LoadAndAssign.
 type FairleadVariables struct {
 	AdoptionsA_tick    *ebpf.Variable `ebpf:"adoptions_a_tick"`
+	AnswersA_tick      *ebpf.Variable `ebpf:"answers_a_tick"`
 	ConnectionCapacity *ebpf.Variable `ebpf:"connection_capacity"`
+	FragmentLife       *ebpf.Variable `ebpf:"fragment_life"`
 	HalfOpenLife       *ebpf.Variable `ebpf:"half_open_life"`
+	PathMtuLife        *ebpf.Variable `ebpf:"path_mtu_life"`
 	SharedTypes        *ebpf.Variable `ebpf:"shared_types"`
 	UseAffinityClient  *ebpf.Variable `ebpf:"use_affinity_client"`
 	UseDsr             *ebpf.Variable `ebpf:"use_dsr"`
 	UseFullnat         *ebpf.Variable `ebpf:"use_fullnat"`
 	UseIpv4            *ebpf.Variable `ebpf:"use_ipv4"`
 	UseIpv6            *ebpf.Variable `ebpf:"use_ipv6"`
+	UseNat             *ebpf.Variable `ebpf:"use_nat"`
+	UseTcp             *ebpf.Variable `ebpf:"use_tcp"`
+	UseTunnel          *ebpf.Variable `ebpf:"use_tunnel"`
+	UseUdp             *ebpf.Variable `ebpf:"use_udp"`
 	YoungBudget        *ebpf.Variable `ebpf:"young_budget"`
 }
 

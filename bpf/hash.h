@@ -30,23 +30,28 @@ static __always_inline __u64 hash_pair(__u32 low, __u32 high)
 	return (__u64)low | (__u64)high << 32;
 }
 
-// hash_tuple is the hash of a connection: addresses, ports and protocol. Its high half chooses the slot, its low half
-// the places in the bitmaps.
-static __always_inline __u64 hash_tuple(const struct flow *flow)
+// hash_of is the hash of a connection, by its client's tuple: addresses, ports and protocol. Its high half chooses the
+// slot, its low half the places in the bitmaps.
+static __always_inline __u64 hash_of(__u8 family, const union tuple *tuple, __u8 protocol)
 {
 	__u64 hash;
 
-	if (flow->family == FAMILY_IPV4) {
-		hash = hash_fold(0, hash_pair(flow->tuple.v4.saddr, flow->tuple.v4.daddr));
-		hash ^= (__u64)flow->tuple.v4.sport | (__u64)flow->tuple.v4.dport << 16;
+	if (family == FAMILY_IPV4) {
+		hash = hash_fold(0, hash_pair(tuple->v4.saddr, tuple->v4.daddr));
+		hash ^= (__u64)tuple->v4.sport | (__u64)tuple->v4.dport << 16;
 	} else {
-		hash = hash_fold(0, hash_pair(flow->tuple.v6.saddr[0], flow->tuple.v6.saddr[1]));
-		hash = hash_fold(hash, hash_pair(flow->tuple.v6.saddr[2], flow->tuple.v6.saddr[3]));
-		hash = hash_fold(hash, hash_pair(flow->tuple.v6.daddr[0], flow->tuple.v6.daddr[1]));
-		hash = hash_fold(hash, hash_pair(flow->tuple.v6.daddr[2], flow->tuple.v6.daddr[3]));
-		hash ^= (__u64)flow->tuple.v6.sport | (__u64)flow->tuple.v6.dport << 16;
+		hash = hash_fold(0, hash_pair(tuple->v6.saddr[0], tuple->v6.saddr[1]));
+		hash = hash_fold(hash, hash_pair(tuple->v6.saddr[2], tuple->v6.saddr[3]));
+		hash = hash_fold(hash, hash_pair(tuple->v6.daddr[0], tuple->v6.daddr[1]));
+		hash = hash_fold(hash, hash_pair(tuple->v6.daddr[2], tuple->v6.daddr[3]));
+		hash ^= (__u64)tuple->v6.sport | (__u64)tuple->v6.dport << 16;
 	}
-	return hash_finish(hash ^ (__u64)flow->protocol << 32);
+	return hash_finish(hash ^ (__u64)protocol << 32);
+}
+
+static __always_inline __u64 hash_tuple(const struct flow *flow)
+{
+	return hash_of(flow->family, &flow->tuple, flow->protocol);
 }
 
 // hash_client is the hash of the client's address alone: `affinity: client`. It leaves the service out, so that a

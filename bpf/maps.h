@@ -25,8 +25,8 @@ MAP(BPF_MAP_TYPE_ARRAY, control, __u32, struct control_block, 1, BPF_F_MMAPABLE)
 MAP(BPF_MAP_TYPE_ARRAY, bitmaps, __u32, struct bitmap_set, 1, BPF_F_MMAPABLE);
 
 // Services by address, port and protocol. Daemon.
-MAP(BPF_MAP_TYPE_HASH, services4, struct service_key4, struct service, MAX_SERVICES, 0);
-MAP(BPF_MAP_TYPE_HASH, services6, struct service_key6, struct service, MAX_SERVICES, 0);
+MAP(BPF_MAP_TYPE_HASH, services4, struct service_key4, struct service, MAX_SERVICE_KEYS, BPF_F_NO_PREALLOC);
+MAP(BPF_MAP_TYPE_HASH, services6, struct service_key6, struct service, MAX_SERVICE_KEYS, BPF_F_NO_PREALLOC);
 // Backends by number. Daemon.
 MAP(BPF_MAP_TYPE_ARRAY, backends, __u32, struct backend, MAX_BACKENDS, 0);
 // Source addresses of fullnat by number, and their numbers by address. Daemon.
@@ -35,6 +35,18 @@ MAP(BPF_MAP_TYPE_HASH, sources4, __be32, __u32, MAX_SOURCES, 0);
 MAP(BPF_MAP_TYPE_HASH, sources6, struct address6, __u32, MAX_SOURCES, 0);
 // Port pools by number. Daemon.
 MAP(BPF_MAP_TYPE_ARRAY, pools, __u32, struct pool, MAX_POOLS, 0);
+// What our addresses are to us. Daemon.
+MAP(BPF_MAP_TYPE_HASH, addresses4, __be32, __u32, MAX_ADDRESSES, BPF_F_NO_PREALLOC);
+MAP(BPF_MAP_TYPE_HASH, addresses6, struct address6, __u32, MAX_ADDRESSES, BPF_F_NO_PREALLOC);
+// Backends by nat, by address, port and protocol: how many have this one. Daemon.
+MAP(BPF_MAP_TYPE_HASH, nat_backends4, struct service_key4, __u32, MAX_BACKENDS, BPF_F_NO_PREALLOC);
+MAP(BPF_MAP_TYPE_HASH, nat_backends6, struct service_key6, __u32, MAX_BACKENDS, BPF_F_NO_PREALLOC);
+// What port numbers may be to us. Daemon.
+MAP(BPF_MAP_TYPE_ARRAY, port_flags, __u32, struct port_set, 1, BPF_F_MMAPABLE);
+// Devices by number. Daemon.
+MAP(BPF_MAP_TYPE_HASH, devices, __u32, struct device, MAX_DEVICES, BPF_F_NO_PREALLOC);
+// The ways to the ends of tunnels. Daemon makes the entries, programs note what they learn.
+MAP(BPF_MAP_TYPE_HASH, paths, struct path_key, struct path, MAX_BACKENDS, BPF_F_NO_PREALLOC);
 // Names. Daemon; read by the command line alone.
 MAP(BPF_MAP_TYPE_ARRAY, service_info, __u32, struct service_label, MAX_SERVICES, 0);
 MAP(BPF_MAP_TYPE_ARRAY, backend_info, __u32, struct backend_label, MAX_BACKENDS, 0);
@@ -86,8 +98,10 @@ MAP(BPF_MAP_TYPE_LRU_HASH, half_replies6, struct tuple6, struct reply6, 131072, 
 
 // Room for values on their way into the tables. Programs alone.
 MAP(BPF_MAP_TYPE_PERCPU_ARRAY, scratch, __u32, struct scratch, ROOM_COUNT, 0);
-// Adoptions left in this tick. Programs alone.
-MAP(BPF_MAP_TYPE_PERCPU_ARRAY, adoptions, __u32, struct adoption, 1, 0);
+// Packets of which a first fragment was seen. Programs alone.
+MAP(BPF_MAP_TYPE_LRU_HASH, fragments, struct fragment_key, struct fragment, MAX_FRAGMENTS, 0);
+// What is left of this tick's budgets. Programs alone.
+MAP(BPF_MAP_TYPE_PERCPU_ARRAY, budgets, __u32, struct budget, BUDGET_COUNT, 0);
 // Numbers for the generations of connections. Programs alone.
 MAP(BPF_MAP_TYPE_PERCPU_ARRAY, generations, __u32, __u32, 1, 0);
 

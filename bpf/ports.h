@@ -54,7 +54,7 @@ __noinline int port_use(struct backend *backend, __u32 source, __u32 number, __u
 	struct scratch *room = scratch_get();
 	struct way_back *back;
 
-	if (!backend || !room || !reply_tuple(backend->family, backend, source, bpf_htons(number), &room->port.reply))
+	if (!backend || !room || !fullnat_tuple(backend, source, bpf_htons(number), &room->port.reply))
 		return PORT_BUSY;
 	back = reply_find(backend->family, &room->port.reply, NULL);
 	if (back) {
@@ -82,7 +82,7 @@ __noinline int port_head_age(struct backend *backend, __u32 pool_id, __u32 now)
 	__u32 number;
 
 	if (!backend || !pool || !out || !room || !port_peek(out, &number) ||
-	    !reply_tuple(backend->family, backend, pool->source, bpf_htons(number), &room->port.reply))
+	    !fullnat_tuple(backend, pool->source, bpf_htons(number), &room->port.reply))
 		return PORT_NO_AGE;
 	back = half_reply_find(backend->family, &room->port.reply, NULL);
 	return back ? (now - back->first) & PORT_NO_AGE : PORT_NO_AGE;
@@ -127,7 +127,7 @@ static __always_inline int port_chosen(struct backend *backend, __u32 pool_id, s
 {
 	struct scratch *room = scratch_get();
 
-	if (!room || !reply_tuple(backend->family, backend, pool->source, bpf_htons(number), &room->port.reply))
+	if (!room || !fullnat_tuple(backend, pool->source, bpf_htons(number), &room->port.reply))
 		return PORT_NONE_HERE;
 	room->port.pool = pool_id;
 	room->port.source = pool->source;

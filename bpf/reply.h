@@ -3,13 +3,15 @@
 // client's entry must carry the same generation number, or else nobody is known.
 #pragma once
 
+#include "choose.h"
 #include "clock.h"
 #include "connections.h"
 #include "fullnat.h"
 #include "hash.h"
 #include "track.h"
 
-static __always_inline bool reply_is_ours(const struct flow *flow)
+// source_find is the source address of fullnat that a packet goes to, port and all.
+static __always_inline struct source *source_find(const struct flow *flow)
 {
 	__u32 *id;
 	struct source *source;
@@ -19,23 +21,53 @@ static __always_inline bool reply_is_ours(const struct flow *flow)
 		port = bpf_ntohs(flow->tuple.v4.dport);
 		id = bpf_map_lookup_elem(&sources4, &flow->tuple.v4.daddr);
 	} else {
-		struct address6 key;
-
 		port = bpf_ntohs(flow->tuple.v6.dport);
-		__builtin_memcpy(key.address, flow->tuple.v6.daddr, sizeof(key.address));
-		id = bpf_map_lookup_elem(&sources6, &key);
+		id = bpf_map_lookup_elem(&sources6, flow->tuple.v6.daddr);
 	}
 	if (!id)
-		return false;
+		return NULL;
 	source = bpf_map_lookup_elem(&sources, id);
-	return source && port >= source->first_port && port <= source->last_port;
+	return source && port >= source->first_port && port <= source->last_port ? source : NULL;
 }
 
-static __always_inline __u64 hash_of_client(const struct flow *flow, const union tuple *client)
+// nat_backend_find tells whether a packet comes from a backend by nat, port and all.
+static __always_inline bool nat_backend_find(const struct flow *flow)
 {
-	struct flow as = {.family = flow->family, .protocol = flow->protocol, .tuple = *client};
+	if (flow->family == FAMILY_IPV4) {
+		struct service_key4 key = {
+			.address = flow->tuple.v4.saddr,
+			.port = flow->tuple.v4.sport,
+			.protocol = flow->protocol,
+		};
+		return bpf_map_lookup_elem(&nat_backends4, &key);
+	}
+	struct service_key6 key = {
+		.port = flow->tuple.v6.sport,
+		.protocol = flow->protocol,
+	};
+	__builtin_memcpy(key.address, flow->tuple.v6.saddr, sizeof(key.address));
+	return bpf_map_lookup_elem(&nat_backends6, &key);
+}
 
-	return hash_tuple(&as);
+// udp_replied confirms a half-open connection of UDP that its backend has answered. The flow in hand is the client's
+// meanwhile.
+__noinline int udp_replied(struct half_open *half, __u32 now)
+{
+	struct scratch *room = scratch_get();
+	struct service *service;
+	struct flow *flow;
+
+	if (!half || !room)
+		return false;
+	flow = &room->flow;
+	room->kept = flow->tuple;
+	flow->tuple = room->reply_choice.client;
+	flow->hash = hash_tuple(flow);
+	service = service_find(flow);
+	if (service)
+		confirm(half, service, STATE_YOUNG, now);
+	flow->tuple = room->kept;
+	return true;
 }
 
 // reply_choose leaves its choice in the scratch room.
@@ -64,7 +96,7 @@ __noinline int reply_choose(void)
 				reborn(conn, flow, now);
 			} else {
 				if (flow->flags & (TCP_FIN | TCP_RST) || conn->state)
-					hash = hash_of_client(flow, &choice->client);
+					hash = hash_of(flow->family, &choice->client, flow->protocol);
 				track_backend(ctl, bits, conn, flow, hash, now);
 			}
 			choice->hop = conn->hop;
@@ -89,6 +121,10 @@ __noinline int reply_choose(void)
 			choice->hop = half->hop;
 			choice->backend = half->backend;
 			choice->service = half->service;
+			if (is_udp(flow)) {
+				half->state |= HALF_SYN_ACK;
+				udp_replied(half, now);
+			}
 			return REPLY_HALF_OPEN;
 		}
 	}

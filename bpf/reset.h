@@ -3,6 +3,7 @@
 // (RFC 9293, section 3.10.7.1).
 #pragma once
 
+#include "answer.h"
 #include "forward.h"
 
 #define RESET_TTL 64
@@ -26,20 +27,13 @@ static __always_inline void reset_tcp(struct tcphdr *tcp, __be16 sport, __be16 d
 	((__u8 *)tcp)[13] = numbers->flags;
 }
 
-static __always_inline __u64 sum_words(__u64 sum, const __u32 *words, int count)
-{
-	for (int i = 0; i < count; i++)
-		sum += words[i];
-	return sum;
-}
-
 // reset_answer answers the client's packet in hand. Pointers into the packet end here.
 __noinline int reset_answer(struct xdp_md *ctx)
 {
 	struct scratch *room = scratch_get();
 	struct reset_numbers numbers;
 	struct flow *of;
-	__u32 length = ctx->data_end - ctx->data, headers, target;
+	__u32 length = bpf_xdp_get_buff_len(ctx), headers, target, l3;
 	union tuple tuple;
 	__u8 family;
 
@@ -48,8 +42,8 @@ __noinline int reset_answer(struct xdp_md *ctx)
 	of = &room->flow;
 	family = of->family;
 	tuple = of->tuple;
-	headers = sizeof(struct ethhdr) + sizeof(struct tcphdr) +
-		  (family == FAMILY_IPV4 ? sizeof(struct iphdr) : sizeof(struct ipv6hdr));
+	l3 = of->l3 & 31;
+	headers = l3 + sizeof(struct tcphdr) + (family == FAMILY_IPV4 ? sizeof(struct iphdr) : sizeof(struct ipv6hdr));
 	if (of->flags & TCP_ACK) {
 		numbers.sequence = bpf_htonl(of->acknowledgement);
 		numbers.acknowledgement = 0;
@@ -69,11 +63,11 @@ __noinline int reset_answer(struct xdp_md *ctx)
 	struct ethhdr *eth = data;
 	__u8 mac[ETH_ALEN];
 	if (family == FAMILY_IPV4) {
-		struct iphdr *ip = data + sizeof(*eth);
+		struct iphdr *ip = data + l3;
 		struct tcphdr *tcp = (void *)(ip + 1);
 		__u64 sum;
 
-		if ((void *)(tcp + 1) > end)
+		if ((void *)(eth + 1) > end || (void *)(tcp + 1) > end)
 			return XDP_DROP;
 		__builtin_memset(ip, 0, sizeof(*ip));
 		ip->version = 4;
@@ -84,20 +78,20 @@ __noinline int reset_answer(struct xdp_md *ctx)
 		ip->protocol = IPPROTO_TCP;
 		ip->saddr = tuple.v4.daddr;
 		ip->daddr = tuple.v4.saddr;
-		ip->check = checksum_finish(sum_words(0, (__u32 *)ip, sizeof(*ip) / 4));
+		ip->check = checksum_finish(sum_words(0, ip, sizeof(*ip)));
 		reset_tcp(tcp, tuple.v4.dport, tuple.v4.sport, &numbers);
-		sum = sum_words(0, (__u32 *)&ip->saddr, 2) + bpf_htons(IPPROTO_TCP) + bpf_htons(sizeof(*tcp));
-		tcp->check = checksum_finish(sum_words(sum, (__u32 *)tcp, sizeof(*tcp) / 4));
+		sum = sum_words(0, &ip->saddr, 8) + bpf_htons(IPPROTO_TCP) + bpf_htons(sizeof(*tcp));
+		tcp->check = checksum_finish(sum_words(sum, tcp, sizeof(*tcp)));
 		__u8 *padding = (void *)(tcp + 1);
 		for (int i = 0; i < 6; i++, padding++)
 			if ((void *)(padding + 1) <= end)
 				*padding = 0;
 	} else {
-		struct ipv6hdr *ip = data + sizeof(*eth);
+		struct ipv6hdr *ip = data + l3;
 		struct tcphdr *tcp = (void *)(ip + 1);
 		__u64 sum;
 
-		if ((void *)(tcp + 1) > end)
+		if ((void *)(eth + 1) > end || (void *)(tcp + 1) > end)
 			return XDP_DROP;
 		__builtin_memset(ip, 0, sizeof(*ip));
 		ip->version = 6;
@@ -107,8 +101,8 @@ __noinline int reset_answer(struct xdp_md *ctx)
 		__builtin_memcpy(&ip->saddr, tuple.v6.daddr, sizeof(ip->saddr));
 		__builtin_memcpy(&ip->daddr, tuple.v6.saddr, sizeof(ip->daddr));
 		reset_tcp(tcp, tuple.v6.dport, tuple.v6.sport, &numbers);
-		sum = sum_words(0, (__u32 *)&ip->saddr, 8) + bpf_htons(IPPROTO_TCP) + bpf_htons(sizeof(*tcp));
-		tcp->check = checksum_finish(sum_words(sum, (__u32 *)tcp, sizeof(*tcp) / 4));
+		sum = sum_words(0, &ip->saddr, 32) + bpf_htons(IPPROTO_TCP) + bpf_htons(sizeof(*tcp));
+		tcp->check = checksum_finish(sum_words(sum, tcp, sizeof(*tcp)));
 	}
 	__builtin_memcpy(mac, eth->h_dest, ETH_ALEN);
 	__builtin_memcpy(eth->h_dest, eth->h_source, ETH_ALEN);

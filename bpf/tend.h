@@ -50,15 +50,17 @@ __noinline int tend_one(struct xdp_md *ctx, __u32 index)
 	if (!room || index >= TEND_RECORDS || (void *)(request + 1) > (void *)(long)ctx->data_end)
 		return 0;
 	client = &room->flow;
-	client->protocol = IPPROTO_TCP;
 	client->family = request->family;
 	record = &request->records[index];
 	if ((void *)(record + 1) > (void *)(long)ctx->data_end)
 		return 0;
-	if (client->family == FAMILY_IPV4)
+	if (client->family == FAMILY_IPV4) {
 		__builtin_memcpy(&client->tuple.v4, &record->tuple, sizeof(client->tuple.v4));
-	else
+		client->protocol = client->tuple.v4.protocol;
+	} else {
 		client->tuple.v6 = record->tuple;
+		client->protocol = client->tuple.v6.protocol;
+	}
 	client->hash = hash_tuple(client);
 	switch (record->what) {
 	case TEND_MARK_IDLE:

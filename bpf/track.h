@@ -48,9 +48,20 @@ static __always_inline void state_change(struct connection *conn, __u32 clear, _
 		__sync_fetch_and_or(&conn->state, set);
 }
 
-static __always_inline void young_matures(struct control_block *ctl, struct connection *conn, const struct flow *flow)
+// UDP has no numbers: a client that goes on sending stands for a client that is there.
+#define UDP_PROOF 60 // ticks, 1 s
+
+static __always_inline bool both_moved(const struct connection *conn, const struct flow *flow, __u32 now)
 {
-	if (flow->sequence_end == conn->base_sequence || flow->acknowledgement == conn->base_acknowledgement)
+	if (use_udp && flow->protocol == IPPROTO_UDP)
+		return !(conn->state & STATE_STATELESS) || now - conn->opened >= 2 * UDP_PROOF;
+	return flow->sequence_end != conn->base_sequence && flow->acknowledgement != conn->base_acknowledgement;
+}
+
+static __always_inline void young_matures(struct control_block *ctl, struct connection *conn, const struct flow *flow,
+					  __u32 now)
+{
+	if (!both_moved(conn, flow, now))
 		return;
 	if (__sync_fetch_and_and(&conn->state, ~STATE_YOUNG) & STATE_YOUNG) {
 		__sync_fetch_and_add(&ctl->young, -1);
@@ -107,7 +118,7 @@ static __always_inline bool track_client(struct control_block *ctl, struct bitma
 	if (!(before & ~STATE_STATELESS))
 		return true;
 	if (before & STATE_YOUNG)
-		young_matures(ctl, conn, flow);
+		young_matures(ctl, conn, flow, now);
 	// Behind its FIN a client sends nothing but acknowledgements that stand there.
 	state_change(conn,
 		     STATE_IDLE | STATE_CLIENT_RESET |

@@ -7,15 +7,19 @@
 
 // A change of a layout or of a meaning below is a new schema version: it is part of the pin path.
 enum schema {
-	SCHEMA_VERSION = 1,
+	SCHEMA_VERSION = 2,
 };
 
 enum limits {
 	MAX_SERVICES = 4096,
+	MAX_SERVICE_KEYS = 65536, // a service may have several addresses and ports
 	MAX_BACKENDS = 16384,
 	MAX_SOURCES = 1024,
 	MAX_POOLS = 65536,
 	MAX_POOLS_A_BACKEND = 16,
+	MAX_ADDRESSES = 65536,
+	MAX_DEVICES = 1024,
+	MAX_FRAGMENTS = 16384,
 	MAX_RING_SIZE = 8388593, // the largest prime below 2^23
 	MAX_NAME = 64,
 	BITMAP_BITS = 1 << 20, // 128 KiB: small enough for L2
@@ -23,6 +27,9 @@ enum limits {
 	TICK_SHIFT = 24, // a tick is 2^24 ns, 16.8 ms; 32 bits of them are 834 days
 	TEND_RECORDS = 64,
 	FILL_PORTS = 1024,
+	PORT_NUMBERS = 65536,
+	GUE_PORT = 6080, // of IANA
+	QUOTE_MAX = 512, // bytes of a packet that our ICMP errors quote
 };
 
 // Who uses a CPU's scratch room: packets, or the daemon's program `tend`, which packets may interrupt.
@@ -47,31 +54,45 @@ enum method {
 
 // What the program decided for a packet. The prefix says what was done with it; Go takes the names from here.
 enum verdict {
-	PASS_NOT_OURS,	    // no service has this address, port and protocol: the host's stack takes it
-	PASS_FRAGMENT,	    // a later fragment: no ports to know it by
-	PASS_REPLY_UNKNOWN, // to a source address and port of ours, of no connection we know: the host's stack answers
-	FORWARD_RING,	    // fast path: a settled slot, no exception, fresh
-	FORWARD_TABLE,	    // an entry of the connection table decided
-	FORWARD_HALF_OPEN,  // an entry of the half-open table decided
-	FORWARD_NEW,	    // a SYN, its backend chosen from the ring
-	FORWARD_ADOPTED,    // in mid-connection and unknown: the ring decided, the connection table noted it
-	FORWARD_UNKNOWN,    // in mid-connection and unknown: the ring decided, nobody noted it
-	REPLY_TABLE,	    // a backend's packet, back to the client of an established connection
-	REPLY_HALF_OPEN,    // the same for a connection not confirmed yet
-	RESET_UNKNOWN,	    // RST: in mid-connection, unknown, and the method needs state
-	RESET_NO_BACKEND,   // RST: the service has no backend that takes new connections
-	RESET_TABLE_FULL,   // RST: the connection table is full and the method needs state
-	RESET_NO_PORT,	    // RST: every source port towards this backend is in use
-	RESET_BACKEND_DOWN, // RST: the backend is down and the service's policy is reset
-	RESET_LEAVING,	    // RST: the service is leaving and takes no new connections
-	DROP_TRUNCATED,	    // shorter than its headers say
-	DROP_BAD_HEADER,    // lengths that contradict each other
-	DROP_BAD_FLAGS,	    // TCP flags that no client's packet carries
-	DROP_FRAGMENT,	    // a first fragment of a TCP segment
-	DROP_UNKNOWN_RST,   // RST for a connection nobody knows: never answered
-	DROP_NO_NEIGHBOR,   // the backend's next hop is not known
-	DROP_TTL,	    // time to live used up
-	DROP_NO_RING,	    // no ring, backend, source address or method for it: a configuration half taken away
+	PASS_NOT_OURS,	     // no service has this address, port and protocol: the host's stack takes it
+	PASS_FRAGMENT,	     // a later fragment of nothing we know: the host's stack takes it
+	PASS_REPLY_UNKNOWN,  // to a source address and port of ours, of no connection we know: the host's stack answers
+	PASS_ICMP,	     // ICMP about nothing we know: the host's stack takes it
+	PASS_TUNNEL_ERROR,   // ICMP about an outer packet of ours: noted, and the host's stack takes it
+	FORWARD_RING,	     // fast path: a settled slot, no exception, fresh
+	FORWARD_TABLE,	     // an entry of the connection table decided
+	FORWARD_HALF_OPEN,   // an entry of the half-open table decided
+	FORWARD_NEW,	     // a SYN, or UDP's first packet, its backend chosen from the ring
+	FORWARD_ADOPTED,     // in mid-connection and unknown: the ring decided, the connection table noted it
+	FORWARD_UNKNOWN,     // in mid-connection and unknown: the ring decided, nobody noted it
+	FORWARD_ICMP,	     // an ICMP error about a backend's packet, to that backend
+	FORWARD_FRAGMENT,    // a later fragment, the way of its first
+	REPLY_TABLE,	     // a backend's packet, back to the client of an established connection
+	REPLY_HALF_OPEN,     // the same for a connection not confirmed yet
+	REPLY_ICMP,	     // an ICMP error about a client's packet, to that client
+	REPLY_FRAGMENT,	     // a later fragment of a backend's packet, the way of its first
+	ANSWER_ARP,	     // who has an address of XDP's own: answered
+	ANSWER_NDP,	     // the same over IPv6
+	ANSWER_ECHO,	     // a ping to an address of XDP's own: answered
+	ANSWER_TOO_BIG,	     // longer than the way it has to go takes: its sender is told by ICMP
+	RESET_UNKNOWN,	     // RST: in mid-connection, unknown, and the method needs state
+	RESET_NO_BACKEND,    // RST: the service has no backend that takes new connections
+	RESET_TABLE_FULL,    // RST: the connection table is full and the method needs state
+	RESET_NO_PORT,	     // RST: every source port towards this backend is in use
+	RESET_BACKEND_DOWN,  // RST: the backend is down and the service's policy is reset
+	RESET_LEAVING,	     // RST: the service is leaving and takes no new connections
+	RESET_REPLY_UNKNOWN, // RST to a backend: to an address of XDP's own, of no connection we know
+	DROP_TRUNCATED,	     // shorter than its headers say
+	DROP_BAD_HEADER,     // lengths that contradict each other
+	DROP_BAD_FLAGS,	     // TCP flags that no client's packet carries
+	DROP_LATER_FRAGMENT, // to an address of XDP's own, a later fragment whose first was not seen
+	DROP_UNKNOWN_RST,    // RST for a connection nobody knows: never answered
+	DROP_NO_NEIGHBOR,    // the backend's next hop is not known
+	DROP_TTL,	     // time to live used up
+	DROP_TOO_BIG,	     // longer than the way takes, and its sender wants it fragmented: not done here
+	DROP_ANSWER_LIMITED, // an ICMP answer was due, but too many were sent in this moment
+	DROP_NO_HEADROOM,    // the device leaves no room in front of the packet for outer headers or tags
+	DROP_NO_RING,	     // no ring, backend, source address or method for it: a configuration half taken away
 	VERDICT_COUNT,
 };
 
@@ -89,6 +110,8 @@ enum event {
 	EVENT_PORT_STOLEN,	// a half-open connection lost its source port to a newer one
 	EVENT_RESOLVED_SELF,	// an exception whose bit was missing was given it
 	EVENT_REMOVED,		// an entry left the connection table
+	EVENT_COLLISION,	// nat: another connection's way back was in the way: another backend was chosen
+	EVENT_PATH_MTU,		// the way to a tunnel's end takes less than was known
 	EVENT_COUNT,
 };
 
@@ -97,6 +120,8 @@ struct tuple4 {
 	__be32 daddr;
 	__be16 sport;
 	__be16 dport;
+	__u8 protocol;
+	__u8 pad[3];
 };
 
 struct tuple6 {
@@ -104,6 +129,8 @@ struct tuple6 {
 	__be32 daddr[4];
 	__be16 sport;
 	__be16 dport;
+	__u8 protocol;
+	__u8 pad[3];
 };
 
 union tuple {
@@ -127,6 +154,32 @@ struct service_key6 {
 
 struct address6 {
 	__be32 address[4];
+};
+
+// What an address is to us.
+enum address_flag {
+	ADDRESS_SERVICE = 1,
+	ADDRESS_SOURCE = 2, // of fullnat
+	ADDRESS_TUNNEL = 4, // an outer source address
+	ADDRESS_OWN = 8,    // XDP's own, and announced: ARP, NDP and echo are answered
+};
+
+// What a port number may be to us: a look here spares most packets that are not ours any look-up.
+enum port_flag {
+	PORT_SERVICE = 1, // as destination: some service's
+	PORT_SOURCE = 2,  // as destination: fullnat's
+	PORT_BACKEND = 4, // as source: of a backend by nat
+};
+
+struct port_set {
+	__u8 flags[PORT_NUMBERS]; // by number, in network byte order
+};
+
+// What is known of a device by its number.
+struct device {
+	__u32 mtu;
+	__u8 mac[6];
+	__u16 pad;
 };
 
 enum service_flag {
@@ -156,12 +209,18 @@ enum slot {
 	SLOT_UNSETTLED = 1U << 31,
 };
 
-// Where a frame goes next: the device, and the Ethernet addresses it carries there.
+enum tag {
+	TAG_ID = 0x0fff,
+	TAG_8021AD = 0x1000, // its EtherType is 0x88a8, not 0x8100
+};
+
+// Where a frame goes next: the device, the Ethernet addresses and the VLAN tags it carries there, outermost first,
+// 0 for none.
 struct hop {
 	__u8 mac[6];
 	__u8 source_mac[6];
 	__u32 ifindex;
-	__be16 vlan[2];
+	__u16 vlan[2];
 };
 
 enum backend_flag {
@@ -174,13 +233,17 @@ enum backend_flag {
 // of each.
 struct backend {
 	__be32 address[4]; // IPv4 in the first
-	__be16 port;
+	__be16 port;	   // 0: as the client's packet has it
 	__u8 family;
 	__u8 method;
 	__u32 flags;
 	__u32 service;
 	__u32 mtu;
 	__u32 hop_index;
+	__u8 protocol;
+	__u8 pad[3];
+	__be32 tunnel_source[4]; // outer source address of ipip and gue
+	__be32 tunnel_mask;	 // bits of its last word that vary with the connection
 	struct hop hop[2];
 	__u32 pool_count;
 	__u32 pools[MAX_POOLS_A_BACKEND];
@@ -238,8 +301,9 @@ struct connection {
 };
 
 enum half_state {
-	HALF_SYN_ACK = 1, // the backend has answered; backend_sequence holds
-	HALF_ACK = 2,	  // the client has answered; base_acknowledgement holds
+	HALF_SYN_ACK = 1,   // the backend has answered; backend_sequence holds
+	HALF_ACK = 2,	    // the client has answered; base_acknowledgement holds
+	HALF_STATELESS = 4, // its method sees no replies
 };
 
 struct half_open {
@@ -292,6 +356,8 @@ struct control_block {
 	__u64 pad2[7];
 	__s64 young; // young ones among them
 	__u64 pad3[7];
+	__u64 identifications; // given to fragments
+	__u64 pad4[7];
 };
 
 struct bitmap_set {
@@ -308,8 +374,13 @@ struct flow {
 	__u32 acknowledgement;
 	__u8 family;
 	__u8 protocol;
-	__u8 flags; // of TCP
-	__u8 pad;
+	__u8 flags;	 // of TCP
+	__u8 fragment;	 // the first of several
+	__u32 length;	 // of the IP packet
+	__u16 l3;	 // where in the frame the IP header begins,
+	__u16 l4;	 // and what it carries,
+	__u16 extension; // IPv6: and the fragment header
+	__u16 loose;	 // its way takes less than IPv6's least: outer packets may be fragmented
 	struct hop from; // the way back
 };
 
@@ -329,6 +400,68 @@ struct reply_choice {
 	__u32 service;
 };
 
+// What a CPU may do so many times in a tick.
+struct budget {
+	__u32 tick;
+	__u32 left;
+};
+
+enum budget_kind {
+	BUDGET_ADOPTIONS = 0,
+	BUDGET_ANSWERS = 1,
+	BUDGET_COUNT,
+};
+
+// The end of a tunnel, and what is known of the way to it.
+struct path_key {
+	__be32 address[4];
+	__u32 family;
+};
+
+struct path {
+	__u32 mtu; // 0: nothing was said
+	__u32 tick;
+};
+
+// The fragments of one packet.
+struct fragment_key {
+	__be32 saddr[4];
+	__be32 daddr[4];
+	__u32 id;
+	__u8 protocol; // IPv4
+	__u8 family;
+	__u16 pad;
+};
+
+// Where they go, as their first did.
+struct fragment {
+	__u32 tick; // of the first
+	__u32 backend;
+	__u32 service;
+	__u32 id;      // fullnat: they get one of ours
+	__u32 reply;   // from a backend to a client
+	__u32 rewrite; // the addresses below replace theirs
+	__u32 hash;    // of the connection
+	__be32 saddr[4];
+	__be32 daddr[4];
+	struct hop hop; // of a reply
+};
+
+// What an ICMP error says of the packet that it is about.
+struct quoted {
+	union tuple tuple; // as quoted
+	union tuple to;	   // what its receiver is to see there
+	__u16 icmp;	   // offsets in the frame
+	__u16 l3;
+	__u16 l4;
+	__u16 l4_length; // how much of it is there
+	__u32 mtu;
+	__be32 saddr[4]; // the outer addresses that its receiver is to see
+	__be32 daddr[4];
+	__u8 type;
+	__u8 pad[3];
+};
+
 // Room for what is too large for the stack of 512 bytes that nested functions share, and for keys: Linux 6.1 takes a
 // map's key from the stack or from a map's value, not from memory that a global function was given.
 struct scratch {
@@ -338,12 +471,14 @@ struct scratch {
 	struct port_choice port;
 	struct way_back back;
 	union tuple removed; // the way back of a connection being removed
+	union tuple kept;    // of the packet, while the flow in hand is another
 	struct reply_choice reply_choice;
-};
-
-struct adoption {
-	__u32 tick;
-	__u32 left;
+	struct quoted quoted;
+	struct fragment_key fragment_key;
+	struct fragment fragment;
+	struct path_key path;
+	__u32 mtu; // that a packet was too big for
+	__u8 quote[QUOTE_MAX];
 };
 
 struct counter_set {
@@ -397,7 +532,7 @@ struct tend_record {
 	__u32 what;
 	__u32 generation;
 	__u32 seen;
-	struct tuple6 tuple; // IPv4: a struct tuple4 stands in its first 12 bytes
+	struct tuple6 tuple; // IPv4: a struct tuple4 stands in its first 16 bytes
 };
 
 struct tend_request {
@@ -425,6 +560,9 @@ struct shared_types {
 	enum service_flag service_flag;
 	enum down_policy down_policy;
 	enum slot slot;
+	enum address_flag address_flag;
+	enum port_flag port_flag;
+	enum tag tag;
 	enum backend_flag backend_flag;
 	enum connection_state connection_state;
 	enum half_state half_state;

@@ -68,6 +68,8 @@ type attachment struct {
 	id      link.ID
 	index   int
 	program ebpf.ProgramID
+	// prepared puts back what attaching changed of the device.
+	prepared undo
 }
 
 // refresh reads what the kernel says of the link.
@@ -163,6 +165,9 @@ func (l *Loader) apply(next *ebpf.Program, interfaces []string) (err error) {
 			if err := l.recognise(at, device); err != nil {
 				return fmt.Errorf("attach to %s: %w", name, err)
 			}
+			if err := l.prepare(device, modeOf(device), &taken); err != nil {
+				return fmt.Errorf("attach to %s: %w", name, err)
+			}
 			links, kept = append(links, at), append(kept, at)
 			continue
 		}
@@ -170,6 +175,7 @@ func (l *Loader) apply(next *ebpf.Program, interfaces []string) (err error) {
 		if err != nil {
 			return fmt.Errorf("attach to %s: %w", name, err)
 		}
+		taken.add(at.prepared.run)
 		taken.add(at.detach)
 		links, fresh = append(links, at), append(fresh, at)
 	}
@@ -191,6 +197,7 @@ func (l *Loader) apply(next *ebpf.Program, interfaces []string) (err error) {
 	if err := l.commit(next, fresh, devices, &taken); err != nil {
 		return err
 	}
+	l.reviewTargets(devices)
 
 	for _, at := range l.links {
 		if slices.Contains(links, at) {
@@ -292,18 +299,30 @@ func programID(program *ebpf.Program) ebpf.ProgramID {
 }
 
 // attach makes a new link, not pinned yet, in the mode asked for.
-func (l *Loader) attach(program *ebpf.Program, device netlink.Link) (*attachment, error) {
+func (l *Loader) attach(program *ebpf.Program, device netlink.Link) (_ *attachment, err error) {
 	name := device.Attrs().Name
 	mode, flags := ModeNative, link.XDPDriverMode
 	if l.mode == ModeGeneric {
 		mode, flags = ModeGeneric, link.XDPGenericMode
 	}
+	var prepared undo
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, prepared.run())
+		}
+	}()
+	if err := l.prepare(device, mode, &prepared); err != nil {
+		return nil, err
+	}
 	options := link.XDPOptions{Program: program, Interface: device.Attrs().Index, Flags: flags}
 	made, err := link.AttachXDP(options)
 	if err != nil && l.mode == ModeAuto && !isTaken(err) && !errors.Is(err, unix.EPERM) && !errors.Is(err, unix.ENODEV) {
-		l.log.Warn("no native xdp on this interface: attaching in generic mode, which is slower; turn GRO off for it",
+		l.log.Warn("no native xdp on this interface: attaching in generic mode, which is slower",
 			"interface", name, "reason", err, "advice", nativeAdvice(device, err))
 		mode, options.Flags = ModeGeneric, link.XDPGenericMode
+		if err := l.prepare(device, mode, &prepared); err != nil {
+			return nil, err
+		}
 		made, err = link.AttachXDP(options)
 	}
 	switch {
@@ -315,7 +334,7 @@ func (l *Loader) attach(program *ebpf.Program, device netlink.Link) (*attachment
 	default:
 		return nil, fmt.Errorf("generic xdp: %w", advised(err))
 	}
-	at := &attachment{link: made}
+	at := &attachment{link: made, prepared: prepared}
 	if err := at.refresh(); err != nil {
 		return nil, errors.Join(err, at.detach())
 	}

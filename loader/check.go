@@ -4,15 +4,12 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"runtime"
 	"slices"
 	"strings"
-	"unsafe"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
 	"github.com/vishvananda/netlink"
-	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
 	"fairlead/bpf"
@@ -54,10 +51,26 @@ func Check(opts Options) []Finding {
 	if spec, err := bpf.LoadFairlead(); err == nil {
 		frags = spec.Programs[bpf.FairleadProgFairlead].Flags&unix.BPF_F_XDP_HAS_FRAGS != 0
 	}
+	var devices []egress
 	for _, name := range opts.Interfaces {
-		findings = append(findings, checkInterface(name, mode, frags, opts.PinPath)...)
+		e, found := checkInterface(name, mode, frags, opts)
+		findings = append(findings, found...)
+		if e != nil {
+			devices = append(devices, *e)
+		}
 	}
-	return findings
+	for _, name := range opts.Targets {
+		if slices.Contains(opts.Interfaces, name) {
+			continue
+		}
+		c, err := findCard(name)
+		if err != nil {
+			findings = append(findings, Finding{LevelWarn, name, err.Error(), "`ip link` lists what there is"})
+			continue
+		}
+		devices = append(devices, egress{card: c})
+	}
+	return append(findings, targetFindings(devices, cpus("online"))...)
 }
 
 func checkKernel() Finding {
@@ -164,15 +177,22 @@ func checkPinPath(pinPath string) Finding {
 	return Finding{LevelOK, subject, path + " is in a bpf file system", ""}
 }
 
-// What linear mode leaves of a page for a frame: headroom before, struct skb_shared_info behind it.
-var linearMTU = os.Getpagesize() - 256 - 320 - 14
-
-func checkInterface(name string, mode XDPMode, frags bool, pinPath string) []Finding {
+func findCard(name string) (*card, error) {
 	device, err := netlink.LinkByName(name)
 	if err != nil {
-		return []Finding{{LevelFail, name, err.Error(), "`ip link` lists what there is"}}
+		return nil, err
 	}
-	attrs := device.Attrs()
+	return readCard(device)
+}
+
+// checkInterface looks at an interface that a program is to be attached to. Where it is there, it is one that frames
+// leave by.
+func checkInterface(name string, mode XDPMode, frags bool, opts Options) (*egress, []Finding) {
+	c, err := findCard(name)
+	if err != nil {
+		return nil, []Finding{{LevelFail, name, err.Error(), "`ip link` lists what there is"}}
+	}
+	attrs := c.Attrs()
 	var findings []Finding
 	add := func(level Level, what, advice string) {
 		findings = append(findings, Finding{level, name, what, advice})
@@ -187,51 +207,73 @@ func checkInterface(name string, mode XDPMode, frags bool, pinPath string) []Fin
 	}
 	if attrs.EncapType != "ether" {
 		add(LevelFail, "is of type "+attrs.EncapType+", not Ethernet", "attach to the Ethernet device below it")
+		return nil, findings
 	}
-	if xdp := attrs.Xdp; xdp != nil && xdp.Attached && !ownProgram(pinPath, attrs.Index, ebpf.ProgramID(xdp.ProgId)) {
-		add(LevelFail, foreign(device, unix.EBUSY).Error(), "")
+	attached := false
+	if xdp := attrs.Xdp; xdp != nil && xdp.Attached {
+		if ownProgram(opts.PinPath, attrs.Index, ebpf.ProgramID(xdp.ProgId)) {
+			attached = true
+		} else {
+			add(LevelFail, foreign(c.Link, unix.EBUSY).Error(), "")
+		}
 	}
-	if f, ok := mtuFinding(name, attrs.MTU, mode, frags); ok {
-		findings = append(findings, f)
+	if attached {
+		if now := modeOf(c.Link); now != "" {
+			mode = now
+		}
+		add(LevelOK, "fairlead is attached, xdp "+string(mode), "")
+	} else {
+		mode, findings = c.expect(mode, frags, findings)
 	}
-	native, known := xdpFeatures(attrs.Index)
+	for _, u := range c.unwanted(mode, opts.VLAN) {
+		findings = append(findings, u.finding(attached))
+	}
+	findings = append(findings, c.portFindings(opts.Interfaces)...)
+	for _, r := range c.receivers() {
+		if r.unreadable != nil {
+			findings = append(findings, Finding{LevelFail, r.name, r.unreadable.Error(), privilegeAdvice})
+		}
+		findings = append(findings, r.cautions(mode, opts.VLAN, attached)...)
+	}
+	return &egress{c, mode, attached}, findings
+}
+
+// expect says in which mode a program will run on a device that has none, and why not in a better one.
+func (c *card) expect(mode XDPMode, frags bool, findings []Finding) (XDPMode, []Finding) {
+	add := func(level Level, what, advice string) {
+		findings = append(findings, Finding{level, c.name, what, advice})
+	}
+	obstacles := c.obstacles(frags)
+	if mode == ModeGeneric {
+		if upper := c.upper(); upper != "" {
+			add(LevelWarn, "is a "+upper, c.lowerAdvice())
+		}
+		return mode, findings
+	}
+	for _, o := range obstacles {
+		if mode == ModeNative {
+			add(LevelFail, o.what, o.advice+", or set xdp to auto or generic")
+		} else {
+			add(LevelWarn, o.what+": it will be generic, which is slower", o.advice)
+		}
+	}
 	switch {
-	case mode == ModeGeneric:
-	case !known:
+	case len(obstacles) > 0:
+		if mode == ModeAuto {
+			mode = ModeGeneric
+		}
+		return mode, findings
+	case !c.xdp.known:
 		add(LevelOK, "whether the driver does native xdp shows when it is attached (the kernel tells since 6.3)", "")
-	case native&xdpActBasic == 0 && mode == ModeNative:
-		add(LevelFail, "the driver has no native xdp", "set xdp to auto or generic")
-	case native&xdpActBasic == 0:
-		add(LevelWarn, "the driver has no native xdp: it will be generic, which is slower", "")
-		mode = ModeGeneric
-	case native&xdpActRedirect == 0:
+	case c.xdp.lacks(xdpRedirect):
 		add(LevelWarn, "the driver does native xdp, but not redirect: frames leave by the interface they came by", "")
 	default:
 		add(LevelOK, "the driver does native xdp", "")
 	}
-	if on, err := ethtoolFlag(name, ethtoolGetFlags); err == nil && on&ethtoolFlagLRO != 0 {
-		add(LevelWarn, "LRO is on: drivers refuse xdp with it, or turn it off", "ethtool -K "+name+" lro off")
+	if c.Attrs().MTU > linearMTU && c.fragsUnknown() {
+		add(LevelOK, fmt.Sprintf("whether native xdp takes frames of mtu %d shows when it is attached", c.Attrs().MTU), "")
 	}
-	if on, err := ethtoolFlag(name, ethtoolGetGRO); err == nil && on != 0 && mode == ModeGeneric {
-		add(LevelWarn, "GRO is on: generic xdp sees packets joined together, larger than the path takes",
-			"ethtool -K "+name+" gro off")
-	}
-	return findings
-}
-
-// mtuFinding: a linear program needs a whole frame in one page, in native mode. The limit itself is the driver's; this
-// is the largest that any has with this page size.
-func mtuFinding(name string, mtu int, mode XDPMode, frags bool) (Finding, bool) {
-	if mtu <= linearMTU || frags || mode == ModeGeneric {
-		return Finding{}, false
-	}
-	f := Finding{Level: LevelFail, Subject: name,
-		What:   fmt.Sprintf("mtu %d is more than native xdp takes without fragments (%d)", mtu, linearMTU),
-		Advice: fmt.Sprintf("ip link set dev %s mtu %d (and its peer's), or xdp: generic", name, linearMTU)}
-	if mode == ModeAuto {
-		f.Level, f.What = LevelWarn, f.What+": it will be generic, which is slower"
-	}
-	return f, true
+	return ModeNative, findings
 }
 
 // ownProgram says whether the program on an interface is the one of a link pinned under the pin path.
@@ -240,71 +282,4 @@ func ownProgram(pinPath string, index int, program ebpf.ProgramID) bool {
 	return err == nil && slices.ContainsFunc(links, func(at Attachment) bool {
 		return at.Index == index && (program == 0 || at.Program == program)
 	})
-}
-
-// Features of a driver: enum netdev_xdp_act, linux/netdev.h.
-const (
-	xdpActBasic    = 1
-	xdpActRedirect = 2
-)
-
-// xdpFeatures asks the kernel what the driver does; known is false before Linux 6.3. Numbers: linux/netdev.h.
-func xdpFeatures(index int) (features uint64, known bool) {
-	const (
-		commandDevGet = 1
-		attrIfindex   = 1
-		attrFeatures  = 3
-	)
-	family, err := netlink.GenlFamilyGet("netdev")
-	if err != nil {
-		return 0, false
-	}
-	request := nl.NewNetlinkRequest(int(family.ID), 0)
-	request.AddData(&nl.Genlmsg{Command: commandDevGet, Version: 1})
-	request.AddData(nl.NewRtAttr(attrIfindex, nl.Uint32Attr(uint32(index))))
-	answers, err := request.Execute(unix.NETLINK_GENERIC, 0)
-	if err != nil || len(answers) == 0 || len(answers[0]) < nl.SizeofGenlmsg {
-		return 0, false
-	}
-	attrs, err := nl.ParseRouteAttr(answers[0][nl.SizeofGenlmsg:])
-	if err != nil {
-		return 0, false
-	}
-	for _, attr := range attrs {
-		if attr.Attr.Type == attrFeatures && len(attr.Value) >= 8 {
-			return nl.NativeEndian().Uint64(attr.Value), true
-		}
-	}
-	return 0, false
-}
-
-// Commands and flags of linux/ethtool.h.
-const (
-	ethtoolGetFlags = 0x25
-	ethtoolGetGRO   = 0x2b
-	ethtoolFlagLRO  = 1 << 15
-)
-
-// ethtoolFlag asks one value of a device by SIOCETHTOOL.
-func ethtoolFlag(name string, command uint32) (uint32, error) {
-	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		return 0, fmt.Errorf("ask %s by ethtool: %w", name, err)
-	}
-	defer unix.Close(fd)
-	value := &struct{ command, data uint32 }{command: command} // struct ethtool_value
-	request := &struct {                                       // struct ifreq
-		name [unix.IFNAMSIZ]byte
-		data unsafe.Pointer
-		_    [16]byte
-	}{data: unsafe.Pointer(value)}
-	copy(request.name[:unix.IFNAMSIZ-1], name)
-	var pin runtime.Pinner
-	pin.Pin(value)
-	defer pin.Unpin()
-	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), unix.SIOCETHTOOL,
-		uintptr(unsafe.Pointer(request))); errno != 0 {
-		return 0, fmt.Errorf("ask %s by ethtool: %w", name, errno)
-	}
-	return value.data, nil
 }

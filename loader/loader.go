@@ -20,9 +20,11 @@ import (
 // Settings are the load-time constants: what a configuration does not use is cut out of the programs as they are
 // loaded.
 type Settings struct {
-	IPv4, IPv6     bool // families that services or backends have
-	FullNAT, DSR   bool // forwarding methods in use
-	AffinityClient bool // some service chooses by the client's address alone
+	IPv4, IPv6        bool // families that services or backends have
+	TCP, UDP          bool // protocols that services have
+	FullNAT, NAT, DSR bool // forwarding methods in use
+	Tunnel            bool // ipip or gue is in use
+	AffinityClient    bool // some service chooses by the client's address alone
 	// Connections is the capacity of the connection table, HalfOpen that of the half-open table, in connections of each
 	// family. 0 takes the size that the programs were compiled with. Sizes of maps already pinned are kept.
 	Connections uint32
@@ -42,9 +44,12 @@ const (
 type Options struct {
 	PinPath    string // a directory in a bpf file system
 	Interfaces []string
-	Mode       XDPMode // "" is ModeAuto
-	Settings   Settings
-	Logger     *slog.Logger // nil is slog.Default
+	// Targets are the devices that packets leave by, of Interfaces or not: Check looks at whether they take them.
+	Targets  []string
+	VLAN     bool    // VLAN tags are in use: frames must come with them
+	Mode     XDPMode // "" is ModeAuto
+	Settings Settings
+	Logger   *slog.Logger // nil is slog.Default
 }
 
 // Loader holds the loaded programs and maps, and the exclusive lock of its pin path.
@@ -58,6 +63,8 @@ type Loader struct {
 
 	mu         sync.Mutex
 	interfaces []string
+	vlan       bool
+	targets    []string
 	settings   Settings // in force
 	programs   *bpf.FairleadPrograms
 	previous   *bpf.FairleadPrograms // those before the last Replace
@@ -76,7 +83,7 @@ type Loader struct {
 // can't be adopted). A program that the verifier refuses gives its whole log.
 func Open(opts Options) (_ *Loader, err error) {
 	l := &Loader{
-		mode: opts.Mode, log: opts.Logger, interfaces: opts.Interfaces,
+		mode: opts.Mode, log: opts.Logger, interfaces: opts.Interfaces, vlan: opts.VLAN, targets: opts.Targets,
 		maps: new(bpf.FairleadMaps), programs: new(bpf.FairleadPrograms),
 	}
 	switch l.mode {

@@ -46,7 +46,11 @@ func load(s Settings, present map[string]*ebpf.Map, log *slog.Logger) (*ebpf.Col
 		bpf.FairleadVarUseIpv4:            truth(s.IPv4),
 		bpf.FairleadVarUseIpv6:            truth(s.IPv6),
 		bpf.FairleadVarUseFullnat:         truth(s.FullNAT),
+		bpf.FairleadVarUseNat:             truth(s.NAT),
 		bpf.FairleadVarUseDsr:             truth(s.DSR),
+		bpf.FairleadVarUseTunnel:          truth(s.Tunnel),
+		bpf.FairleadVarUseTcp:             truth(s.TCP),
+		bpf.FairleadVarUseUdp:             truth(s.UDP),
 		bpf.FairleadVarUseAffinityClient:  truth(s.AffinityClient),
 		bpf.FairleadVarConnectionCapacity: s.Connections,
 		// As many may be young as a flood may take, without displacing what is proven alive.

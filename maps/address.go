@@ -61,14 +61,14 @@ func familyOf(a netip.Addr) uint8 {
 func tuple4(t Tuple) bpf.FairleadTuple4 {
 	return bpf.FairleadTuple4{
 		Saddr: addressWords(t.Source.Addr())[0], Daddr: addressWords(t.Destination.Addr())[0],
-		Sport: portWire(t.Source.Port()), Dport: portWire(t.Destination.Port()),
+		Sport: portWire(t.Source.Port()), Dport: portWire(t.Destination.Port()), Protocol: t.Protocol,
 	}
 }
 
 func tuple6(t Tuple) bpf.FairleadTuple6 {
 	return bpf.FairleadTuple6{
 		Saddr: addressWords(t.Source.Addr()), Daddr: addressWords(t.Destination.Addr()),
-		Sport: portWire(t.Source.Port()), Dport: portWire(t.Destination.Port()),
+		Sport: portWire(t.Source.Port()), Dport: portWire(t.Destination.Port()), Protocol: t.Protocol,
 	}
 }
 
@@ -76,7 +76,7 @@ func fromTuple4(k *bpf.FairleadTuple4) Tuple {
 	return Tuple{
 		Source:      netip.AddrPortFrom(wordAddress4(k.Saddr), portWire(k.Sport)),
 		Destination: netip.AddrPortFrom(wordAddress4(k.Daddr), portWire(k.Dport)),
-		Protocol:    protocolTCP,
+		Protocol:    k.Protocol,
 	}
 }
 
@@ -84,11 +84,9 @@ func fromTuple6(k *bpf.FairleadTuple6) Tuple {
 	return Tuple{
 		Source:      netip.AddrPortFrom(wordsAddress(familyIPv6, k.Saddr), portWire(k.Sport)),
 		Destination: netip.AddrPortFrom(wordsAddress(familyIPv6, k.Daddr), portWire(k.Dport)),
-		Protocol:    protocolTCP,
+		Protocol:    k.Protocol,
 	}
 }
-
-const protocolTCP = 6
 
 // name reads a label's text, which ends at the first zero byte.
 func name(b []byte) string {

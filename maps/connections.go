@@ -90,6 +90,7 @@ type HalfOpenConnection struct {
 	Generation uint32
 	First      uint32 // tick of the first SYN
 	Answered   bool   // the backend's SYN-ACK was seen
+	Stateless  bool   // its method sees no replies
 	Source     uint32
 	SourcePort uint16
 }
@@ -136,8 +137,9 @@ type HalfOpen struct{ v4, v6 *ebpf.Map }
 func halfOpen(t Tuple, v *bpf.FairleadHalfOpen) HalfOpenConnection {
 	return HalfOpenConnection{
 		Tuple: t, Service: v.Service, Backend: v.Backend, Generation: v.Generation, First: v.First,
-		Answered: v.State&uint32(bpf.FairleadHalfStateHALF_SYN_ACK) != 0,
-		Source:   uint32(v.Source), SourcePort: portWire(v.SourcePort),
+		Answered:  v.State&uint32(bpf.FairleadHalfStateHALF_SYN_ACK) != 0,
+		Stateless: v.State&uint32(bpf.FairleadHalfStateHALF_STATELESS) != 0,
+		Source:    uint32(v.Source), SourcePort: portWire(v.SourcePort),
 	}
 }
 

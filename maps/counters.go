@@ -75,3 +75,32 @@ func (c Counters) Backend(id uint32) (Traffic, error) {
 	}
 	return trafficOf(perCPU), nil
 }
+
+// Verdict is what the data plane decided for a packet, numbered as there.
+type Verdict uint32
+
+// The verdicts that an operator has to hear of.
+const (
+	VerdictResetNoPort    = Verdict(bpf.FairleadVerdictRESET_NO_PORT)
+	VerdictResetTableFull = Verdict(bpf.FairleadVerdictRESET_TABLE_FULL)
+	VerdictResetNoBackend = Verdict(bpf.FairleadVerdictRESET_NO_BACKEND)
+	VerdictDropNoNeighbor = Verdict(bpf.FairleadVerdictDROP_NO_NEIGHBOR)
+	VerdictDropTooBig     = Verdict(bpf.FairleadVerdictDROP_TOO_BIG)
+	VerdictDropNoHeadroom = Verdict(bpf.FairleadVerdictDROP_NO_HEADROOM)
+)
+
+// String is the verdict's name.
+func (v Verdict) String() string { return bpf.VerdictNames()[v] }
+
+// Event is what happened beside a verdict, numbered as in the data plane.
+type Event uint32
+
+// The events that an operator has to hear of.
+const (
+	EventTableFull    = Event(bpf.FairleadEventEVENT_TABLE_FULL)
+	EventInsertFailed = Event(bpf.FairleadEventEVENT_INSERT_FAILED)
+	EventPortStolen   = Event(bpf.FairleadEventEVENT_PORT_STOLEN)
+)
+
+// String is the event's name.
+func (e Event) String() string { return bpf.EventNames()[e] }

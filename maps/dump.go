@@ -3,6 +3,7 @@ package maps
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"math/bits"
 	"net"
 	"net/netip"
@@ -41,25 +42,41 @@ type dumper struct {
 func (s *Set) Dump(inv *Inventory, name string, service *Service, visit func(Record) error) error {
 	d := &dumper{Set: s, inv: inv, now: Now(), service: service, visit: visit}
 	decode, known := map[string]func() error{
-		bpf.FairleadMapAdoptions:      d.adoptions,
+		bpf.FairleadMapAddresses4:     func() error { return d.addresses(true) },
+		bpf.FairleadMapAddresses6:     func() error { return d.addresses(false) },
 		bpf.FairleadMapBackendInfo:    d.backendInfo,
 		bpf.FairleadMapBackendTraffic: d.backendTraffic,
 		bpf.FairleadMapBackends:       d.backends,
 		bpf.FairleadMapBitmaps:        d.bitmaps,
+		bpf.FairleadMapBudgets:        d.budgets,
 		bpf.FairleadMapConnections4:   func() error { return dumpTable(d, s.raw.Connections4, fromTuple4, d.connection) },
 		bpf.FairleadMapConnections6:   func() error { return dumpTable(d, s.raw.Connections6, fromTuple6, d.connection) },
 		bpf.FairleadMapControl:        d.control,
 		bpf.FairleadMapCounters:       d.counters,
+		bpf.FairleadMapDevices:        d.devices,
+		bpf.FairleadMapFragments:      d.fragments,
 		bpf.FairleadMapGenerations:    d.generations,
 		bpf.FairleadMapHalfOpen4:      func() error { return dumpTable(d, s.raw.HalfOpen4, fromTuple4, d.halfOpen) },
 		bpf.FairleadMapHalfOpen6:      func() error { return dumpTable(d, s.raw.HalfOpen6, fromTuple6, d.halfOpen) },
 		bpf.FairleadMapHalfReplies4:   func() error { return dumpTable(d, s.raw.HalfReplies4, fromTuple4, d.reply4) },
 		bpf.FairleadMapHalfReplies6:   func() error { return dumpTable(d, s.raw.HalfReplies6, fromTuple6, d.reply6) },
-		bpf.FairleadMapPools:          d.pools,
-		bpf.FairleadMapPorts:          d.ports,
-		bpf.FairleadMapReplies4:       func() error { return dumpTable(d, s.raw.Replies4, fromTuple4, d.reply4) },
-		bpf.FairleadMapReplies6:       func() error { return dumpTable(d, s.raw.Replies6, fromTuple6, d.reply6) },
-		bpf.FairleadMapRings:          d.rings,
+		bpf.FairleadMapNatBackends4: func() error {
+			return walkTable(s.raw.NatBackends4, func(k *bpf.FairleadServiceKey4, v *uint32) error {
+				return d.natBackend(wordAddress4(k.Address), k.Port, k.Protocol, *v)
+			})
+		},
+		bpf.FairleadMapNatBackends6: func() error {
+			return walkTable(s.raw.NatBackends6, func(k *bpf.FairleadServiceKey6, v *uint32) error {
+				return d.natBackend(wordsAddress(familyIPv6, k.Address), k.Port, k.Protocol, *v)
+			})
+		},
+		bpf.FairleadMapPaths:     d.paths,
+		bpf.FairleadMapPortFlags: d.portFlags,
+		bpf.FairleadMapPools:     d.pools,
+		bpf.FairleadMapPorts:     d.ports,
+		bpf.FairleadMapReplies4:  func() error { return dumpTable(d, s.raw.Replies4, fromTuple4, d.reply4) },
+		bpf.FairleadMapReplies6:  func() error { return dumpTable(d, s.raw.Replies6, fromTuple6, d.reply6) },
+		bpf.FairleadMapRings:     d.rings,
 		// Between packets there is nothing in it.
 		bpf.FairleadMapScratch:        func() error { return nil },
 		bpf.FairleadMapServiceInfo:    d.serviceInfo,
@@ -150,14 +167,14 @@ func stateNames(state uint32) []string {
 
 func (d *dumper) connection(t Tuple, v *bpf.FairleadConnection) Record {
 	return Record{
-		{"client", t.Source}, {"destination", t.Destination}, {"service", d.serviceName(v.Service)},
+		{"client", t.Source}, {"destination", t.Destination}, {"protocol", ProtocolName(t.Protocol)}, {"service", d.serviceName(v.Service)},
 		{"backend", d.backendName(v.Backend)}, {"generation", v.Generation}, {"tag", v.Tag},
 		{"opened", Age(d.now, v.Opened)}, {"seen", Age(d.now, v.Seen)}, {"marked", marked(d.now, v.Marked)},
 		{"state", stateNames(v.State)}, {"source", d.sourcePort(v.Source, v.SourcePort)},
 		{"sequence_end", v.SequenceEnd}, {"acknowledgement", v.Acknowledgement},
 		{"client_fin", v.ClientFin}, {"backend_fin", v.BackendFin},
 		{"base_sequence", v.BaseSequence}, {"base_acknowledgement", v.BaseAcknowledgement},
-		{"mac", mac(v.Hop.Mac)}, {"own_mac", mac(v.Hop.SourceMac)}, {"ifindex", v.Hop.Ifindex},
+		{"mac", mac(v.Hop.Mac)}, {"own_mac", mac(v.Hop.SourceMac)}, {"ifindex", v.Hop.Ifindex}, {"vlan", vlanNames(v.Hop.Vlan)},
 	}
 }
 
@@ -170,13 +187,13 @@ func marked(now, tick uint32) time.Duration {
 
 func (d *dumper) halfOpen(t Tuple, v *bpf.FairleadHalfOpen) Record {
 	return Record{
-		{"client", t.Source}, {"destination", t.Destination}, {"service", d.serviceName(v.Service)},
+		{"client", t.Source}, {"destination", t.Destination}, {"protocol", ProtocolName(t.Protocol)}, {"service", d.serviceName(v.Service)},
 		{"backend", d.backendName(v.Backend)}, {"generation", v.Generation}, {"tag", v.Tag},
-		{"first", Age(d.now, v.First)}, {"state", flagNames(v.State, "syn_ack", "ack")},
+		{"first", Age(d.now, v.First)}, {"state", flagNames(v.State, "syn_ack", "ack", "stateless")},
 		{"source", d.sourcePort(v.Source, v.SourcePort)},
 		{"first_sequence", v.ClientSequence[0]}, {"latest_sequence", v.ClientSequence[1]},
 		{"backend_sequence", v.BackendSequence}, {"base_acknowledgement", v.BaseAcknowledgement},
-		{"mac", mac(v.Hop.Mac)}, {"own_mac", mac(v.Hop.SourceMac)}, {"ifindex", v.Hop.Ifindex},
+		{"mac", mac(v.Hop.Mac)}, {"own_mac", mac(v.Hop.SourceMac)}, {"ifindex", v.Hop.Ifindex}, {"vlan", vlanNames(v.Hop.Vlan)},
 	}
 }
 
@@ -192,7 +209,7 @@ func (d *dumper) reply(t Tuple, v *bpf.FairleadWayBack, client Tuple) Record {
 		bpf.FairleadTokenTOKEN_QUEUED: "queued", bpf.FairleadTokenTOKEN_OUT: "out", bpf.FairleadTokenTOKEN_GONE: "gone",
 	}[bpf.FairleadToken(v.Token)]
 	return Record{
-		{"backend", t.Source}, {"source", t.Destination}, {"client", client.Source}, {"destination", client.Destination},
+		{"backend", t.Source}, {"source", t.Destination}, {"protocol", ProtocolName(t.Protocol)}, {"client", client.Source}, {"destination", client.Destination},
 		{"generation", v.Generation}, {"token", token}, {"first", Age(d.now, v.First)}, {"pool", v.Pool},
 	}
 }
@@ -251,7 +268,8 @@ func (d *dumper) counters() error {
 	return nil
 }
 
-func protocolName(p uint8) string {
+// ProtocolName is tcp, udp, or a protocol's number.
+func ProtocolName(p uint8) string {
 	switch p {
 	case 6:
 		return "tcp"
@@ -279,7 +297,7 @@ func (p DownPolicy) String() string {
 
 func (d *dumper) serviceEntry(a netip.Addr, port uint16, protocol uint8, v *bpf.FairleadService) error {
 	return d.visit(Record{
-		{"address", netip.AddrPortFrom(a, portWire(port))}, {"protocol", protocolName(protocol)}, {"number", v.Id},
+		{"address", netip.AddrPortFrom(a, portWire(port))}, {"protocol", ProtocolName(protocol)}, {"number", v.Id},
 		{"service", d.serviceName(v.Id)}, {"ring_size", v.RingSize}, {"flags", serviceFlags(uint32(v.Flags))},
 		{"on_backend_down", DownPolicy(v.OnBackendDown).String()},
 	})
@@ -293,7 +311,7 @@ func (d *dumper) serviceInfo() error {
 		return d.visit(Record{
 			{"number", *id}, {"name", name(v.Name[:])},
 			{"address", netip.AddrPortFrom(wordsAddress(v.Family, v.Address), portWire(v.Port))},
-			{"protocol", protocolName(v.Protocol)}, {"ring_size", v.RingSize}, {"flags", serviceFlags(v.Flags)},
+			{"protocol", ProtocolName(v.Protocol)}, {"ring_size", v.RingSize}, {"flags", serviceFlags(v.Flags)},
 			{"idle_timeout", time.Duration(v.IdleTimeout)},
 		})
 	})
@@ -326,8 +344,8 @@ func (d *dumper) backends() error {
 			{"number", b.ID}, {"name", b.Name}, {"service", d.serviceName(v.Service)},
 			{"address", netip.AddrPortFrom(b.Address, b.Port)}, {"method", Method(v.Method).String()},
 			{"flags", flagNames(v.Flags, "up", "neighbor", "leaving")}, {"mac", mac(hop.Mac)},
-			{"own_mac", mac(hop.SourceMac)}, {"ifindex", hop.Ifindex}, {"hop_index", v.HopIndex}, {"mtu", v.Mtu},
-			{"pools", pools},
+			{"own_mac", mac(hop.SourceMac)}, {"ifindex", hop.Ifindex}, {"vlan", vlanNames(hop.Vlan)}, {"hop_index", v.HopIndex}, {"mtu", v.Mtu},
+			{"pools", pools}, {"tunnel_source", b.Tunnel}, {"protocol", ProtocolName(v.Protocol)},
 		}); err != nil {
 			return err
 		}
@@ -354,7 +372,7 @@ func (d *dumper) pools() error {
 		return d.visit(Record{
 			{"number", *id}, {"source", d.sourceAddress(v.Source)},
 			{"backend", netip.AddrPortFrom(wordsAddress(v.Family, v.Address), portWire(v.Port))},
-			{"protocol", protocolName(v.Protocol)},
+			{"protocol", ProtocolName(v.Protocol)},
 		})
 	})
 }
@@ -399,17 +417,102 @@ func (d *dumper) rings() error {
 	return nil
 }
 
-func (d *dumper) adoptions() error {
-	var perCPU []struct{ Tick, Left uint32 }
-	if err := d.raw.Adoptions.Lookup(uint32(0), &perCPU); err != nil {
-		return fmt.Errorf("read the adoptions: %w", err)
+func (d *dumper) budgets() error {
+	for kind, name := range []string{"adoptions", "answers"} {
+		var perCPU []struct{ Tick, Left uint32 }
+		if err := d.raw.Budgets.Lookup(uint32(kind), &perCPU); err != nil {
+			return fmt.Errorf("read the budget of %s: %w", name, err)
+		}
+		for cpu, v := range perCPU {
+			if err := d.visit(Record{{"budget", name}, {"cpu", cpu}, {"tick", v.Tick}, {"left", v.Left}}); err != nil {
+				return err
+			}
+		}
 	}
-	for cpu, v := range perCPU {
-		if err := d.visit(Record{{"cpu", cpu}, {"tick", v.Tick}, {"left", v.Left}}); err != nil {
+	return nil
+}
+
+func (d *dumper) addresses(ipv4 bool) error {
+	all, err := d.Addresses()
+	if err != nil {
+		return err
+	}
+	for _, a := range slices.SortedFunc(maps.Keys(all), netip.Addr.Compare) {
+		if a.Is4() != ipv4 {
+			continue
+		}
+		if err := d.visit(Record{
+			{"address", a}, {"use", flagNames(uint32(all[a]), "service", "source", "tunnel", "own")},
+		}); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+func (d *dumper) natBackend(a netip.Addr, port uint16, protocol uint8, count uint32) error {
+	return d.visit(Record{
+		{"address", netip.AddrPortFrom(a, portWire(port))}, {"protocol", ProtocolName(protocol)}, {"backends", count},
+	})
+}
+
+func (d *dumper) devices() error {
+	return walkTable(d.raw.Devices, func(index *uint32, v *bpf.FairleadDevice) error {
+		return d.visit(Record{{"ifindex", *index}, {"mtu", v.Mtu}, {"mac", mac(v.Mac)}})
+	})
+}
+
+func (d *dumper) paths() error {
+	return walkTable(d.raw.Paths, func(k *bpf.FairleadPathKey, v *bpf.FairleadPath) error {
+		return d.visit(Record{
+			{"address", wordsAddress(uint8(k.Family), k.Address)}, {"mtu", v.Mtu}, {"said", marked(d.now, v.Tick)},
+		})
+	})
+}
+
+// portFlags shows the ports that are anything to us, neighbours of one kind as a range.
+func (d *dumper) portFlags() error {
+	for first := 0; first < int(bpf.FairleadLimitsPORT_NUMBERS); {
+		flags, last := d.PortFlags.Flags(uint16(first)), first
+		for last+1 < int(bpf.FairleadLimitsPORT_NUMBERS) && d.PortFlags.Flags(uint16(last+1)) == flags {
+			last++
+		}
+		if flags != 0 {
+			if err := d.visit(Record{
+				{"first_port", first}, {"last_port", last}, {"may_be", flagNames(uint32(flags), "service", "source", "nat_backend")},
+			}); err != nil {
+				return err
+			}
+		}
+		first = last + 1
+	}
+	return nil
+}
+
+func (d *dumper) fragments() error {
+	return walkTable(d.raw.Fragments, func(k *bpf.FairleadFragmentKey, v *bpf.FairleadFragment) error {
+		return d.visit(Record{
+			{"from", wordsAddress(k.Family, k.Saddr)}, {"to", wordsAddress(k.Family, k.Daddr)}, {"id", k.Id},
+			{"protocol", ProtocolName(k.Protocol)}, {"service", d.serviceName(v.Service)},
+			{"backend", d.backendName(v.Backend)}, {"reply", v.Reply != 0}, {"first", Age(d.now, v.Tick)},
+		})
+	})
+}
+
+// vlanNames are the VLANs of a hop, outermost first, as `802.1ad 7` or `802.1q 7`.
+func vlanNames(tags [2]uint16) []string {
+	names := []string{}
+	for _, word := range tags {
+		if word == 0 {
+			break
+		}
+		kind := "802.1q"
+		if word&uint16(bpf.FairleadTagTAG_8021AD) != 0 {
+			kind = "802.1ad"
+		}
+		names = append(names, fmt.Sprintf("%s %d", kind, word&uint16(bpf.FairleadTagTAG_ID)))
+	}
+	return names
 }
 
 func (d *dumper) generations() error {

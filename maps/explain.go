@@ -11,6 +11,8 @@ import (
 	"fairlead/bpf"
 )
 
+const protocolUDP = 17
+
 // Rule is what decides where a connection's packets go.
 type Rule string
 
@@ -45,9 +47,9 @@ type Explanation struct {
 // Explain computes where a client's connection to a service goes, by Go's own hash and the maps' ring and tables.
 func (s *Set) Explain(inv *Inventory, client netip.AddrPort, service Service) (Explanation, error) {
 	t := Tuple{Source: client, Destination: service.AddrPort(), Protocol: service.Protocol}
-	if client.Addr().Is4() != service.Address.Is4() {
+	if client.Addr().Is4() != service.Address().Is4() {
 		return Explanation{}, fmt.Errorf("explain %v to service %s: the service's address is %v: the client's must be of its family",
-			client, service.Name, service.Address)
+			client, service.Name, service.Address())
 	}
 	e := Explanation{Tuple: t, Service: service, Hash: t.Hash()}
 	hash := e.Hash
@@ -69,7 +71,7 @@ func (s *Set) Explain(inv *Inventory, client netip.AddrPort, service Service) (E
 	if err != nil {
 		return e, err
 	}
-	if opening && half.SourcePort != 0 {
+	if opening && !half.Stateless {
 		// Its port may have been taken from it: then the data plane does not know it either.
 		if opening, err = s.paired(inv, &half); err != nil {
 			return e, err
@@ -92,6 +94,9 @@ func (s *Set) Explain(inv *Inventory, client netip.AddrPort, service Service) (E
 		}
 		if e.Backend, err = s.forNew(inv, &e); err != nil {
 			return e, err
+		}
+		if t.Protocol == protocolUDP { // has no middle: what nobody knows is new
+			e.InMidConnection = e.Backend
 		}
 	}
 	if e.Backend.Name == "" || !e.Backend.Up {
@@ -131,13 +136,16 @@ func (s *Set) forNew(inv *Inventory, e *Explanation) (Backend, error) {
 // paired tells whether the way back of a half-open connection is its own.
 func (s *Set) paired(inv *Inventory, h *HalfOpenConnection) (bool, error) {
 	b, known := inv.Backend(h.Backend)
-	i := slices.IndexFunc(inv.Sources, func(s Source) bool { return s.ID == h.Source })
-	if !known || i < 0 {
+	if !known {
 		return false, nil
 	}
-	t := Tuple{
-		Source:      netip.AddrPortFrom(b.Address, b.Port),
-		Destination: netip.AddrPortFrom(inv.Sources[i].Address, h.SourcePort),
+	t := Tuple{Source: netip.AddrPortFrom(b.Address, b.Port), Destination: h.Tuple.Source, Protocol: h.Tuple.Protocol}
+	if b.Method == MethodFullNAT {
+		i := slices.IndexFunc(inv.Sources, func(s Source) bool { return s.ID == h.Source })
+		if i < 0 {
+			return false, nil
+		}
+		t.Destination = netip.AddrPortFrom(inv.Sources[i].Address, h.SourcePort)
 	}
 	var err error
 	var back bpf.FairleadWayBack

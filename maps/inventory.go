@@ -1,8 +1,10 @@
 package maps
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
+	"math/bits"
 	"net/netip"
 	"slices"
 	"time"
@@ -49,8 +51,7 @@ const (
 type Service struct {
 	ID             uint32
 	Name           string
-	Address        netip.Addr
-	Port           uint16
+	Keys           []netip.AddrPort // where clients come to; the first stands for all
 	Protocol       uint8
 	RingSize       uint32
 	AffinityClient bool
@@ -58,28 +59,71 @@ type Service struct {
 	Leaving        bool
 	OnBackendDown  DownPolicy
 	IdleTimeout    time.Duration
-	written, dirty bool // the maps hold it; not as it is here
+	leavingKeys    map[netip.AddrPort]bool // take no new connections
+	first          netip.AddrPort          // as it was named
+	written, dirty bool                    // the maps hold it; not as it is here
 }
 
-// AddrPort is the service's address and port.
-func (s Service) AddrPort() netip.AddrPort { return netip.AddrPortFrom(s.Address, s.Port) }
+// settle puts a service that was read from the maps in order: it is leaving where all its addresses and ports are.
+func (s *Service) settle() {
+	slices.SortFunc(s.Keys, func(a, b netip.AddrPort) int {
+		if first := (b == s.first); first != (a == s.first) {
+			if first {
+				return 1
+			}
+			return -1
+		}
+		return a.Compare(b)
+	})
+	s.Leaving = true
+	for at, leaving := range s.leavingKeys {
+		s.Leaving = s.Leaving && leaving
+		if !leaving {
+			delete(s.leavingKeys, at)
+		}
+	}
+	if s.Leaving {
+		clear(s.leavingKeys)
+	}
+}
+
+// LeavingKeys are the addresses and ports that the configuration does not have any more, and which connections do.
+func (s Service) LeavingKeys() (list []netip.AddrPort) {
+	for _, at := range s.Keys {
+		if s.leavingKeys[at] {
+			list = append(list, at)
+		}
+	}
+	return list
+}
+
+// AddrPort is the service's address and port, the first where it has several.
+func (s Service) AddrPort() netip.AddrPort { return s.Keys[0] }
+
+// Address is the service's address, the first where it has several.
+func (s Service) Address() netip.Addr { return s.Keys[0].Addr() }
+
+// Port is the service's port, the first where it has several.
+func (s Service) Port() uint16 { return s.Keys[0].Port() }
 
 // Backend is a backend as the maps hold it.
 type Backend struct {
-	ID      uint32
-	Service uint32
-	Name    string
-	Address netip.Addr
-	Port    uint16
-	Method  Method
-	Weight  uint32
-	Leaving bool
-	Up      bool
-	NextHop NextHop
-	pools   []uint32
-	turn    uint32 // which half of the entry holds the next hop
-	written bool   // the maps hold it
-	dirty   bool   // not as it is here
+	ID       uint32
+	Service  uint32
+	Name     string
+	Address  netip.Addr
+	Port     uint16
+	Method   Method
+	Weight   uint32
+	Tunnel   netip.Prefix // ipip, gue: outer source addresses
+	Leaving  bool
+	Up       bool
+	NextHop  NextHop
+	pools    []uint32
+	protocol uint8  // of its service
+	turn     uint32 // which half of the entry holds the next hop
+	written  bool   // the maps hold it
+	dirty    bool   // not as it is here
 }
 
 // NextHop is where frames to a backend go. Not Known: Reason says why.
@@ -88,10 +132,14 @@ type NextHop struct {
 	Interface      uint32 // index of the device
 	MAC, SourceMAC [6]byte
 	MTU            uint32
-	Reason         string // at most 63 bytes
-	Pending        bool   // being asked for: one known before holds until there is an answer
-	Gateway        bool   // the way goes by a router
+	VLAN           [2]uint16 // tags as bpf's struct hop has them, outermost first; 0: none
+	Reason         string    // at most 63 bytes
+	Pending        bool      // being asked for: one known before holds until there is an answer
+	Gateway        bool      // the way goes by a router
 }
+
+// Tag8021AD marks a VLAN tag whose EtherType is that of IEEE 802.1ad, 0x88a8.
+const Tag8021AD = uint16(bpf.FairleadTagTAG_8021AD)
 
 // followedBy is the next hop after news of it. A router would send a dsr frame, addressed to the service, back here.
 func (h NextHop) followedBy(news NextHop, method Method) NextHop {
@@ -140,18 +188,28 @@ func (i *Inventory) Backend(id uint32) (Backend, bool) {
 // Inventory reads services, backends and source addresses from the maps, each in the order of its numbers.
 func (s *Set) Inventory() (*Inventory, error) {
 	inv := new(Inventory)
+	numbers := make(map[uint32]int) // by number: the place in the list
 	add := func(a netip.Addr, port uint16, protocol uint8, v *bpf.FairleadService) error {
+		at := netip.AddrPortFrom(a, port)
+		leaving := bpf.FairleadServiceFlag(v.Flags)&bpf.FairleadServiceFlagSERVICE_LEAVING != 0
+		if i, known := numbers[v.Id]; known {
+			s := &inv.Services[i]
+			s.Keys = append(s.Keys, at)
+			s.leavingKeys[at] = leaving
+			return nil
+		}
+		numbers[v.Id] = len(inv.Services)
 		var info bpf.FairleadServiceLabel
 		if err := s.raw.ServiceInfo.Lookup(v.Id, &info); err != nil {
 			return fmt.Errorf("read the name of service %d: %w", v.Id, err)
 		}
 		flags := bpf.FairleadServiceFlag(v.Flags)
 		inv.Services = append(inv.Services, Service{
-			ID: v.Id, Name: name(info.Name[:]), Address: a, Port: port, Protocol: protocol, RingSize: v.RingSize,
+			ID: v.Id, Name: name(info.Name[:]), Keys: []netip.AddrPort{at}, Protocol: protocol, RingSize: v.RingSize,
 			AffinityClient: flags&bpf.FairleadServiceFlagSERVICE_AFFINITY_CLIENT != 0,
 			RingFirst:      flags&bpf.FairleadServiceFlagSERVICE_RING_FIRST != 0,
-			Leaving:        flags&bpf.FairleadServiceFlagSERVICE_LEAVING != 0,
-			OnBackendDown:  DownPolicy(v.OnBackendDown), IdleTimeout: time.Duration(info.IdleTimeout),
+			leavingKeys:    map[netip.AddrPort]bool{at: leaving}, first: netip.AddrPortFrom(wordsAddress(info.Family, info.Address), portWire(info.Port)),
+			OnBackendDown: DownPolicy(v.OnBackendDown), IdleTimeout: time.Duration(info.IdleTimeout),
 		})
 		return nil
 	}
@@ -166,6 +224,9 @@ func (s *Set) Inventory() (*Inventory, error) {
 		return nil, err
 	}
 	slices.SortFunc(inv.Services, func(a, b Service) int { return int(a.ID) - int(b.ID) })
+	for i := range inv.Services {
+		inv.Services[i].settle()
+	}
 
 	if err := walkTable(s.raw.BackendInfo, func(id *uint32, info *bpf.FairleadBackendLabel) error {
 		if info.Used == 0 {
@@ -205,11 +266,34 @@ func backendOf(id uint32, info *bpf.FairleadBackendLabel, v *bpf.FairleadBackend
 		Leaving: flags&bpf.FairleadBackendFlagBACKEND_LEAVING != 0, Up: flags&bpf.FairleadBackendFlagBACKEND_UP != 0,
 		NextHop: NextHop{
 			Known:     flags&bpf.FairleadBackendFlagBACKEND_NEIGHBOR != 0,
-			Interface: hop.Ifindex, MAC: hop.Mac, SourceMAC: hop.SourceMac, MTU: v.Mtu, Reason: name(info.Reason[:]),
+			Interface: hop.Ifindex, MAC: hop.Mac, SourceMAC: hop.SourceMac, VLAN: hop.Vlan, MTU: v.Mtu, Reason: name(info.Reason[:]),
 		},
-		pools: slices.Clone(v.Pools[:min(int(v.PoolCount), len(v.Pools))]),
-		turn:  v.HopIndex & 1,
+		pools:  slices.Clone(v.Pools[:min(int(v.PoolCount), len(v.Pools))]),
+		turn:   v.HopIndex & 1,
+		Tunnel: tunnelOf(v), protocol: v.Protocol,
 	}
+}
+
+// tunnelOf is the outer source prefix of a backend's entry.
+func tunnelOf(v *bpf.FairleadBackend) netip.Prefix {
+	if m := Method(v.Method); m != MethodIPIP && m != MethodGUE {
+		return netip.Prefix{}
+	}
+	a := wordsAddress(v.Family, v.TunnelSource)
+	mask := [4]byte{}
+	binary.NativeEndian.PutUint32(mask[:], v.TunnelMask)
+	return netip.PrefixFrom(a, a.BitLen()-bits.OnesCount32(binary.BigEndian.Uint32(mask[:])))
+}
+
+// tunnelMask are the bits of an outer source address' last word that vary: those behind the prefix, but 32 at most.
+func tunnelMask(p netip.Prefix) uint32 {
+	if !p.IsValid() {
+		return 0
+	}
+	vary := min(p.Addr().BitLen()-p.Bits(), 32)
+	var mask [4]byte
+	binary.BigEndian.PutUint32(mask[:], uint32(1<<vary-1))
+	return binary.NativeEndian.Uint32(mask[:])
 }
 
 // Slot is a slot of a ring.

@@ -147,8 +147,12 @@ func (m *Manager) tendTables() error {
 		return err
 	}
 	conns, pools := make(map[uint32]int), make(map[poolUser]int)
-	count := func(backend, source uint32, port uint16) {
+	keys := make(map[serviceKey]int)
+	count := func(t Tuple, service, backend, source uint32, port uint16) {
 		conns[backend]++
+		if s := m.services[service]; s != nil && s.leavingKeys[t.Destination] {
+			keys[keyOf(t.Destination, t.Protocol)]++
+		}
 		if port != 0 {
 			pools[poolUser{backend, source}]++
 		}
@@ -159,14 +163,14 @@ func (m *Manager) tendTables() error {
 		if since(now, h.First) >= Ticks(HalfOpenLife) {
 			return tending.add(h.Tuple, bpf.FairleadTendWhatTEND_REMOVE_HALF_OPEN, h.Generation, 0)
 		}
-		count(h.Backend, h.Source, h.SourcePort)
+		count(h.Tuple, h.Service, h.Backend, h.Source, h.SourcePort)
 		m.set.Bitmaps.setException(h.Tuple.Hash(), next) // until it is confirmed, the tables are asked
 		return nil
 	}); err != nil {
 		return err
 	}
 	if err := m.set.Connections.Walk(func(c *Connection) error {
-		count(c.Backend, c.Source, c.SourcePort)
+		count(c.Tuple, c.Service, c.Backend, c.Source, c.SourcePort)
 		if hash := c.Tuple.Hash(); m.exceptional(c.Tuple, hash, c.Service, c.Backend, c.State) {
 			m.set.Bitmaps.setException(hash, next)
 		}
@@ -197,7 +201,7 @@ func (m *Manager) tendTables() error {
 	if err := m.wait(); err != nil {
 		return err
 	}
-	return m.removeLeft(conns, pools)
+	return m.removeLeft(conns, pools, keys)
 }
 
 // tending hands requests to the data plane's program `tend`, which looks at each entry again before it obeys.
@@ -217,6 +221,7 @@ func (t *tending) add(tuple Tuple, what bpf.FairleadTendWhat, generation, seen u
 		record.Tuple.Saddr[0], record.Tuple.Saddr[1] = k.Saddr, k.Daddr
 		record.Tuple.Saddr[2] = binary.NativeEndian.Uint32(binary.NativeEndian.AppendUint16(
 			binary.NativeEndian.AppendUint16(nil, k.Sport), k.Dport))
+		record.Tuple.Saddr[3] = binary.NativeEndian.Uint32([]byte{k.Protocol, 0, 0, 0})
 	} else {
 		record.Tuple = tuple6(tuple)
 	}

@@ -24,8 +24,7 @@ type Wanted struct{ Services []WantedService }
 // WantedService is a service and its backends.
 type WantedService struct {
 	Name           string
-	Address        netip.Addr
-	Port           uint16
+	Keys           []netip.AddrPort // at least one; all of one family
 	Protocol       uint8
 	RingSize       uint32 // a prime
 	AffinityClient bool
@@ -38,11 +37,13 @@ type WantedService struct {
 type WantedBackend struct {
 	Name    string
 	Address netip.Addr
-	Port    uint16
+	Port    uint16 // 0: as the client's packet has it
 	Method  Method
 	Weight  uint32 // 0: no new connections
 	// Sources are fullnat's source addresses towards this backend, at most 16.
 	Sources []WantedSource
+	// Tunnel is what ipip and gue take outer source addresses from: the connection chooses among them.
+	Tunnel netip.Prefix
 }
 
 // WantedSource is a source address and its ports, both ends included.
@@ -76,7 +77,9 @@ type poolKey struct {
 	source   uint32
 }
 
-func keyOf(s *Service) serviceKey { return serviceKey{s.Address, s.Port, s.Protocol} }
+func keyOf(a netip.AddrPort, protocol uint8) serviceKey {
+	return serviceKey{a.Addr(), a.Port(), protocol}
+}
 
 func identityOf(b *Backend) identity { return identity{b.Service, b.Name, b.Address, b.Port, b.Method} }
 
@@ -95,6 +98,12 @@ type Manager struct {
 	rings    map[uint32]*liveRing
 	pending  []pendingPool       // numbered, to be filled by this Apply
 	wanted   map[netip.Addr]bool // source addresses in the configuration
+
+	own         map[netip.Addr]bool       // addresses of XDP's own
+	addresses   map[netip.Addr]AddressUse // as the maps have them
+	natBackends map[serviceKey]uint32     // as the maps have them
+	paths       map[bpf.FairleadPathKey]bool
+	emptyKeys   map[serviceKey]int // leaving keys of services: walks in a row that met no connection to them
 
 	granted uint32         // tick from which idleness counts: nobody turned epochs before
 	turned  uint32         // tick of the last epoch turned
@@ -134,8 +143,9 @@ func NewManager(raw *bpf.FairleadMaps, opts ManagerOptions) (*Manager, error) {
 		set: set, tend: opts.Tend, fill: opts.Fill, epoch: opts.Epoch, log: cmp.Or(opts.Logger, slog.Default()),
 		services: make(map[uint32]*Service), backends: make(map[uint32]*Backend), sources: make(map[uint32]*Source),
 		pools: make(map[poolKey]uint32), rings: make(map[uint32]*liveRing), empty: make(map[uint32]int), emptyPools: make(map[uint32]int),
-		poolNumbers: make(map[uint32]bool),
-		granted:     Now(), turned: Now(),
+		poolNumbers: make(map[uint32]bool), own: make(map[netip.Addr]bool), natBackends: make(map[serviceKey]uint32),
+		paths: make(map[bpf.FairleadPathKey]bool), emptyKeys: make(map[serviceKey]int),
+		granted: Now(), turned: Now(),
 	}
 	if err := m.adopt(); err != nil {
 		m.Close()
@@ -208,6 +218,23 @@ func (m *Manager) adopt() error {
 	if m.barrier, err = newRingMap(1); err != nil {
 		return err
 	}
+	if m.addresses, err = m.set.Addresses(); err != nil {
+		return err
+	}
+	for a, use := range m.addresses {
+		if use&AddressOwn != 0 {
+			m.own[a] = true
+		}
+	}
+	if err := m.adoptNear(); err != nil {
+		return err
+	}
+	if err := walkTable(m.set.raw.Paths, func(k *bpf.FairleadPathKey, _ *bpf.FairleadPath) error {
+		m.paths[*k] = true
+		return nil
+	}); err != nil {
+		return err
+	}
 	// A rebuild of the exception bitmap that was cut short: the one in use is whole.
 	m.set.Control.setExceptionBoth(false)
 	return m.sweep()
@@ -245,6 +272,9 @@ func (m *Manager) Apply(w Wanted, hop func(netip.Addr) NextHop) (changes []strin
 	if err := m.putPools(); err != nil {
 		return changes, err
 	}
+	if err := errors.Join(m.putAddresses(), m.putNear(false), m.putPaths()); err != nil {
+		return changes, err
+	}
 	for _, b := range write {
 		if err := m.writeBackend(b); err != nil {
 			return changes, err
@@ -264,7 +294,7 @@ func (m *Manager) Apply(w Wanted, hop func(netip.Addr) NextHop) (changes []strin
 		if p.fresh {
 			say("service %s added: %v, %d backends", p.want.Name, p.service.AddrPort(), len(p.ids))
 		}
-		if err := m.putService(p.service, p.want); err != nil {
+		if err := m.putService(p.service, p.want, say); err != nil {
 			return changes, err
 		}
 	}
@@ -305,6 +335,9 @@ func (m *Manager) Apply(w Wanted, hop func(netip.Addr) NextHop) (changes []strin
 			return changes, err
 		}
 	}
+	if err := errors.Join(m.putAddresses(), m.putNear(true)); err != nil {
+		return changes, err
+	}
 	slices.Sort(changes)
 	return changes, nil
 }
@@ -330,9 +363,24 @@ func (m *Manager) refuse(w Wanted) error {
 	for _, s := range m.sources {
 		ranges[s.Address] = WantedSource{s.Address, s.First, s.Last}
 	}
+	claimed := make(map[*Service]string)
 	for i := range w.Services {
 		ws := &w.Services[i]
-		if old := m.find(serviceKey{ws.Address, ws.Port, ws.Protocol}); old != nil {
+		olds := m.find(ws)
+		if len(olds) > 1 {
+			errs = append(errs, fmt.Errorf("service %s: its addresses and ports are yet those of services %s and %s, %w: "+
+				"take one's out first, and reload when its connections have ended, or unload first", ws.Name, olds[0].Name,
+				olds[1].Name, ErrFixed))
+			continue
+		}
+		for _, old := range olds {
+			if other, ok := claimed[old]; ok {
+				errs = append(errs, fmt.Errorf("service %s: its addresses and ports are yet those of service %s, of which "+
+					"%s takes others, %w: take them out first, and reload when their connections have ended, or unload first",
+					ws.Name, old.Name, other, ErrFixed))
+				continue
+			}
+			claimed[old] = ws.Name
 			if old.RingSize != ws.RingSize {
 				errs = append(errs, fmt.Errorf("service %s: ring_size %d, living with %d, %w: give the service another "+
 					"address or port, or unload first", ws.Name, ws.RingSize, old.RingSize, ErrFixed))
@@ -360,13 +408,19 @@ func (m *Manager) refuse(w Wanted) error {
 	return errors.Join(errs...)
 }
 
-func (m *Manager) find(key serviceKey) *Service {
+// find returns the living services that have any of a wanted one's addresses and ports, by number.
+func (m *Manager) find(ws *WantedService) (found []*Service) {
+	wanted := make(map[netip.AddrPort]bool, len(ws.Keys))
+	for _, key := range ws.Keys {
+		wanted[key] = true
+	}
 	for _, s := range m.services {
-		if keyOf(s) == key {
-			return s
+		if s.Protocol == ws.Protocol && slices.ContainsFunc(s.Keys, func(key netip.AddrPort) bool { return wanted[key] }) {
+			found = append(found, s)
 		}
 	}
-	return nil
+	slices.SortFunc(found, func(a, b *Service) int { return int(a.ID) - int(b.ID) })
+	return found
 }
 
 func freeNumber[T any](used map[uint32]T, limit uint32, what string) (uint32, error) {
@@ -388,16 +442,25 @@ type plan struct {
 }
 
 func (m *Manager) planFor(ws *WantedService) (*plan, error) {
-	if s := m.find(serviceKey{ws.Address, ws.Port, ws.Protocol}); s != nil {
-		return &plan{want: ws, service: s}, nil
+	if found := m.find(ws); len(found) > 0 {
+		s := found[0]
+		p := &plan{want: ws, service: s}
+		// New ones are there for the look at addresses and ports before they lead anywhere.
+		for _, key := range ws.Keys {
+			if !slices.Contains(s.Keys, key) {
+				s.Keys = append(s.Keys, key)
+				s.dirty = true
+			}
+		}
+		return p, nil
 	}
 	id, err := freeNumber(m.services, barrierSlot, "service")
 	if err != nil {
 		return nil, err
 	}
 	s := &Service{
-		ID: id, Name: ws.Name, Address: ws.Address, Port: ws.Port, Protocol: ws.Protocol, RingSize: ws.RingSize,
-		AffinityClient: ws.AffinityClient,
+		ID: id, Name: ws.Name, Keys: slices.Clone(ws.Keys), Protocol: ws.Protocol, RingSize: ws.RingSize,
+		AffinityClient: ws.AffinityClient, leavingKeys: make(map[netip.AddrPort]bool),
 	}
 	if err := zeroPerCPU[bpf.FairleadTraffic](m.set.raw.ServiceTraffic, id); err != nil {
 		return nil, err
@@ -428,6 +491,7 @@ func (m *Manager) backendsFor(p *plan, known map[identity]*Backend, hop func(net
 			}
 			b = &Backend{
 				ID: id, Service: p.service.ID, Name: wb.Name, Address: wb.Address, Port: wb.Port, Method: wb.Method,
+				protocol: p.service.Protocol,
 			}
 			if err := zeroPerCPU[bpf.FairleadTraffic](m.set.raw.BackendTraffic, id); err != nil {
 				return nil, err
@@ -435,13 +499,13 @@ func (m *Manager) backendsFor(p *plan, known map[identity]*Backend, hop func(net
 			say("backend %s/%s added: %v by %v", p.want.Name, b.Name, netip.AddrPortFrom(b.Address, b.Port), b.Method)
 			m.backends[id], known[key] = b, b
 		}
-		b.Weight, b.Leaving, b.Up = wb.Weight, false, true
+		b.Weight, b.Leaving, b.Up, b.Tunnel = wb.Weight, false, true, varying(wb.Tunnel)
 		b.NextHop = b.NextHop.followedBy(hop(b.Address), b.Method)
 		if b.pools, err = m.poolsFor(b, wb.Sources); err != nil {
 			return nil, err
 		}
 		if !slices.Equal(before.pools, b.pools) || before.Weight != b.Weight || before.Leaving || !before.Up ||
-			before.NextHop != b.NextHop || b.dirty || !b.written {
+			before.NextHop != b.NextHop || before.Tunnel != b.Tunnel || b.dirty || !b.written {
 			b.dirty = true
 			write = append(write, b)
 		}
@@ -481,10 +545,15 @@ func (m *Manager) writeBackend(b *Backend) error {
 	v := bpf.FairleadBackend{
 		Address: addressWords(b.Address), Port: portWire(b.Port), Family: familyOf(b.Address), Method: uint8(b.Method),
 		Flags: uint32(flags), Service: b.Service, Mtu: b.NextHop.MTU, HopIndex: b.turn, Hop: old.Hop,
-		PoolCount: uint32(len(b.pools)),
+		PoolCount: uint32(len(b.pools)), Protocol: b.protocol, TunnelMask: tunnelMask(b.Tunnel),
+	}
+	if b.Tunnel.IsValid() {
+		v.TunnelSource = addressWords(b.Tunnel.Masked().Addr())
 	}
 	copy(v.Pools[:], b.pools)
-	hop := bpf.FairleadHop{Mac: b.NextHop.MAC, SourceMac: b.NextHop.SourceMAC, Ifindex: b.NextHop.Interface}
+	hop := bpf.FairleadHop{
+		Mac: b.NextHop.MAC, SourceMac: b.NextHop.SourceMAC, Ifindex: b.NextHop.Interface, Vlan: b.NextHop.VLAN,
+	}
 	if b.NextHop.Known && old.Hop[b.turn] != hop {
 		aside := old
 		aside.Hop[b.turn^1] = hop
@@ -639,11 +708,26 @@ func putWords(rm *ebpf.Map, words []uint32, list []uint32) error {
 }
 
 // putService makes a service's entry say what is wanted.
-func (m *Manager) putService(s *Service, ws *WantedService) error {
+func (m *Manager) putService(s *Service, ws *WantedService, say func(string, ...any)) error {
 	before := *s
 	s.Name, s.OnBackendDown, s.IdleTimeout, s.Leaving = ws.Name, ws.OnBackendDown, ws.IdleTimeout, false
 	s.RingFirst = slices.ContainsFunc(ws.Backends, func(b WantedBackend) bool { return b.Method.Stateless() })
-	if before == *s && s.written && !s.dirty {
+	for _, key := range s.Keys {
+		leaving := !slices.Contains(ws.Keys, key)
+		if leaving == s.leavingKeys[key] {
+			continue
+		}
+		s.dirty = true
+		if leaving {
+			s.leavingKeys[key] = true
+			say("service %s: %v leaving: no new connections there", s.Name, key)
+		} else {
+			delete(s.leavingKeys, key)
+			delete(m.emptyKeys, keyOf(key, s.Protocol))
+		}
+	}
+	if before.Name == s.Name && before.OnBackendDown == s.OnBackendDown && before.IdleTimeout == s.IdleTimeout &&
+		before.Leaving == s.Leaving && before.RingFirst == s.RingFirst && s.written && !s.dirty {
 		return nil
 	}
 	s.dirty = true
@@ -662,30 +746,41 @@ func (m *Manager) writeService(s *Service) error {
 		flags |= bpf.FairleadServiceFlagSERVICE_LEAVING
 	}
 	info := bpf.FairleadServiceLabel{
-		Name: label(s.Name), Address: addressWords(s.Address), Port: portWire(s.Port), Family: familyOf(s.Address),
+		Name: label(s.Name), Address: addressWords(s.Address()), Port: portWire(s.Port()), Family: familyOf(s.Address()),
 		Protocol: s.Protocol, RingSize: s.RingSize, Flags: uint32(flags), IdleTimeout: uint64(s.IdleTimeout),
 	}
 	if err := m.set.raw.ServiceInfo.Put(s.ID, &info); err != nil {
 		return fmt.Errorf("write the name of service %s: %w", s.Name, err)
 	}
-	v := bpf.FairleadService{Id: s.ID, RingSize: s.RingSize, Flags: uint16(flags), OnBackendDown: uint8(s.OnBackendDown)}
-	table, key := m.serviceEntry(s)
-	if err := table.Put(key, &v); err != nil {
-		return fmt.Errorf("write service %s: %w", s.Name, err)
+	for _, at := range s.Keys {
+		v := bpf.FairleadService{Id: s.ID, RingSize: s.RingSize, Flags: uint16(flags), OnBackendDown: uint8(s.OnBackendDown)}
+		if s.leavingKeys[at] {
+			v.Flags |= uint16(bpf.FairleadServiceFlagSERVICE_LEAVING)
+		}
+		table, key := m.serviceEntry(keyOf(at, s.Protocol))
+		if err := table.Put(key, &v); err != nil {
+			return fmt.Errorf("write service %s: %w", s.Name, err)
+		}
 	}
 	s.written, s.dirty = true, false
 	return nil
 }
 
-func (m *Manager) serviceEntry(s *Service) (table *ebpf.Map, key any) {
-	if s.Address.Is4() {
-		return m.set.raw.Services4, &bpf.FairleadServiceKey4{
-			Address: addressWords(s.Address)[0], Port: portWire(s.Port), Protocol: s.Protocol,
-		}
+func (m *Manager) serviceEntry(key serviceKey) (table *ebpf.Map, k any) {
+	if key.address.Is4() {
+		k := entryKey4(key)
+		return m.set.raw.Services4, &k
 	}
-	return m.set.raw.Services6, &bpf.FairleadServiceKey6{
-		Address: addressWords(s.Address), Port: portWire(s.Port), Protocol: s.Protocol,
+	k6 := entryKey6(key)
+	return m.set.raw.Services6, &k6
+}
+
+// varying is a tunnel's prefix, of which the data plane varies the last 32 bits at most.
+func varying(p netip.Prefix) netip.Prefix {
+	if !p.IsValid() {
+		return p
 	}
+	return netip.PrefixFrom(p.Masked().Addr(), max(p.Bits(), p.Addr().BitLen()-32))
 }
 
 func zeroPerCPU[T any](table *ebpf.Map, id uint32) error {
@@ -702,7 +797,10 @@ func zeroPerCPU[T any](table *ebpf.Map, id uint32) error {
 // removeLeft takes out what was leaving and has no connection any more, by two walks in a row: a connection begun just
 // before the ring was swapped may have been missed by one. A leaving service keeps its ring, and the ring its backends,
 // until all of them can go.
-func (m *Manager) removeLeft(conns map[uint32]int, pools map[poolUser]int) error {
+func (m *Manager) removeLeft(conns map[uint32]int, pools map[poolUser]int, keys map[serviceKey]int) error {
+	if err := m.removeLeftKeys(keys); err != nil {
+		return err
+	}
 	done := func(b *Backend) bool { return b.Leaving && m.empty[b.ID] >= 2 }
 	inUse := make(map[uint32]bool) // services
 	for id, b := range m.backends {
@@ -736,13 +834,43 @@ func (m *Manager) removeLeft(conns map[uint32]int, pools map[poolUser]int) error
 		delete(m.empty, id)
 		m.log.Info("backend removed: its last connection has ended", "backend", b.Name, "address", b.Address)
 	}
-	return m.removeUnusedSources(pools)
+	if err := m.removeUnusedSources(pools); err != nil {
+		return err
+	}
+	return errors.Join(m.putAddresses(), m.putNear(true), m.putPaths())
+}
+
+// removeLeftKeys takes out addresses and ports that a service does not have any more, by two walks in a row as well.
+func (m *Manager) removeLeftKeys(keys map[serviceKey]int) error {
+	for _, s := range m.services {
+		for at := range s.leavingKeys {
+			key := keyOf(at, s.Protocol)
+			if keys[key] != 0 {
+				delete(m.emptyKeys, key)
+				continue
+			}
+			if m.emptyKeys[key]++; m.emptyKeys[key] < 2 {
+				continue
+			}
+			table, k := m.serviceEntry(key)
+			if err := table.Delete(k); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+				return fmt.Errorf("remove %v of service %s: %w", at, s.Name, err)
+			}
+			s.Keys = slices.DeleteFunc(s.Keys, func(k netip.AddrPort) bool { return k == at })
+			delete(s.leavingKeys, at)
+			delete(m.emptyKeys, key)
+			m.log.Info("address and port removed: the last connection there has ended", "service", s.Name, "address", at)
+		}
+	}
+	return nil
 }
 
 func (m *Manager) removeService(s *Service) error {
-	table, key := m.serviceEntry(s)
-	if err := table.Delete(key); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
-		return fmt.Errorf("remove service %s: %w", s.Name, err)
+	for _, at := range s.Keys {
+		table, key := m.serviceEntry(keyOf(at, s.Protocol))
+		if err := table.Delete(key); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+			return fmt.Errorf("remove service %s: %w", s.Name, err)
+		}
 	}
 	if err := m.set.raw.Rings.Delete(s.ID); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
 		return fmt.Errorf("remove the ring of service %s: %w", s.Name, err)

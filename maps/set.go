@@ -9,9 +9,10 @@ import (
 
 // Set is the typed view of all maps. It may be read by any process; only a Manager writes.
 type Set struct {
-	Control  Control
-	Bitmaps  Bitmaps
-	Counters Counters
+	Control   Control
+	Bitmaps   Bitmaps
+	PortFlags PortFlags
+	Counters  Counters
 	// Connections is the connection table, HalfOpen the half-open one.
 	Connections Connections
 	HalfOpen    HalfOpen
@@ -31,10 +32,15 @@ func newSet(raw *bpf.FairleadMaps, write bool) (*Set, error) {
 	if err != nil {
 		return nil, errors.Join(err, unmap(block))
 	}
+	ports, err := mapped[bpf.FairleadPortSet](raw.PortFlags, write)
+	if err != nil {
+		return nil, errors.Join(err, unmap(block), unmap(bits))
+	}
 	control := Control{block}
 	return &Set{
 		Control:     control,
 		Bitmaps:     Bitmaps{set: bits, control: control},
+		PortFlags:   PortFlags{ports},
 		Counters:    Counters{raw},
 		Connections: Connections{v4: raw.Connections4, v6: raw.Connections6},
 		HalfOpen:    HalfOpen{v4: raw.HalfOpen4, v6: raw.HalfOpen6},
@@ -44,7 +50,7 @@ func newSet(raw *bpf.FairleadMaps, write bool) (*Set, error) {
 
 // Close gives back the shared memory.
 func (s *Set) Close() error {
-	if err := errors.Join(unmap(s.Control.block), unmap(s.Bitmaps.set)); err != nil {
+	if err := errors.Join(unmap(s.Control.block), unmap(s.Bitmaps.set), unmap(s.PortFlags.set)); err != nil {
 		return fmt.Errorf("unmap the maps' memory: %w", err)
 	}
 	return nil

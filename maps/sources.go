@@ -24,7 +24,7 @@ func (m *Manager) poolsFor(b *Backend, sources []WantedSource) ([]uint32, error)
 		if err != nil {
 			return nil, err
 		}
-		key := poolKey{b.Address, b.Port, protocolTCP, src.ID}
+		key := poolKey{b.Address, b.Port, b.protocol, src.ID}
 		id, ok := m.pools[key]
 		if !ok {
 			if id, err = m.newPool(key, src); err != nil {
@@ -174,7 +174,7 @@ func (m *Manager) removeUnusedSources(users map[poolUser]int) error {
 	}
 	for user := range users {
 		if b := m.backends[user.backend]; b != nil {
-			inUse[m.pools[poolKey{b.Address, b.Port, protocolTCP, user.source}]] = true
+			inUse[m.pools[poolKey{b.Address, b.Port, b.protocol, user.source}]] = true
 		}
 	}
 	needed := make(map[uint32]bool)

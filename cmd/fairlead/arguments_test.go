@@ -116,7 +116,7 @@ func TestExitCodesAndMessages(t *testing.T) {
 		{"check -c testdata/wrong.yaml", exitFailed, "", `testdata/wrong.yaml:4: services[0].adress: unknown field: did you mean address?`},
 		{"check testdata/wrong.yaml", exitFailed, "", `"70000" is not a port`},
 		{"check testdata/wrong.yaml -o jsonl", exitFailed, `{"file":"testdata/wrong.yaml","line":`, "check testdata/wrong.yaml: 3 errors"},
-		{"check testdata/unsupported.yaml", exitFailed, "", "method gue is not built yet in this version: use fullnat or dsr"},
+		{"check testdata/unsupported.yaml", exitFailed, "", "balance mode load is not built yet in this version: use hash"},
 		{"check testdata/absent.yaml", exitFailed, "", "no such file"},
 		{"check -o json", exitDone, "[]\n", ""},
 

@@ -26,7 +26,7 @@ func TestBench(t *testing.T) {
 	}
 	settled := 0
 	for _, r := range results {
-		if r.Method != "dsr" || r.Family != bench.IPv6 || r.Connections != 1 && r.Connections != 20 {
+		if r.Method != "dsr" || r.Protocol != "tcp" || r.Outer != "" || r.Family != bench.IPv6 || r.Connections != 1 && r.Connections != 20 {
 			t.Errorf("a figure that nobody asked for: %+v", r)
 		}
 		if r.Case == bench.Settled && r.Verdicts["forward_ring"] == uint64(r.Repeats) {
@@ -40,6 +40,10 @@ func TestBench(t *testing.T) {
 	if lines := strings.Count(stdout, "\n"); code != exitDone || lines != len(results)+1 ||
 		!strings.Contains(stdout, "forward_ring 100.0 %") || !strings.Contains(stderr, "establish 20 connections") {
 		t.Errorf("exit code %d, %d lines of %d:\n%s%s", code, lines, len(results)+1, stdout, stderr)
+	}
+	code, stdout, stderr = runBench("--quick", "--method", "gue", "--family", "ipv6", "--established", "1")
+	if code != exitDone || !strings.Contains(stdout, "ipv6 in ipv4") {
+		t.Errorf("exit code %d: %s%s", code, stdout, stderr)
 	}
 	for args, word := range map[string]string{
 		"--method tcp": `"tcp"`, "--family ipx": `"ipx"`, "--established 0": `"0"`, "--established 1,x": `"x"`,

@@ -102,14 +102,17 @@ func edgeServices() []maps.WantedService {
 		return maps.WantedBackend{Name: name, Address: a.Addr(), Port: a.Port(), Method: method, Weight: weight, Sources: sources}
 	}
 	return []maps.WantedService{{
-		Name: "chat", Address: netip.MustParseAddr("192.0.2.10"), Port: 443, Protocol: 6, RingSize: 1009,
+		Name: "chat", Keys: []netip.AddrPort{netip.MustParseAddrPort("192.0.2.10:443")}, Protocol: 6, RingSize: 1009,
 		IdleTimeout: 24 * time.Hour,
 		Backends: []maps.WantedBackend{
 			backend("ws1", "10.0.0.11:8765", maps.MethodFullNAT, 1, source),
 			backend("ws2", "10.0.0.12:8765", maps.MethodFullNAT, 1, source),
 		},
 	}, {
-		Name: "web", Address: netip.MustParseAddr("2001:db8::10"), Port: 80, Protocol: 6, RingSize: 503, AffinityClient: true,
+		Name: "web", Protocol: 6, RingSize: 503, AffinityClient: true,
+		Keys: []netip.AddrPort{
+			netip.MustParseAddrPort("[2001:db8::10]:80"), netip.MustParseAddrPort("[2001:db8::10]:81"),
+		},
 		OnBackendDown: maps.DownKeep, IdleTimeout: time.Hour,
 		Backends: []maps.WantedBackend{
 			backend("ws1", "[2001:db8::a]:80", maps.MethodDSR, 3, nil),
@@ -166,7 +169,7 @@ func words4(address string) uint32 {
 
 func (e *edge) tuple4(client string) bpf.FairleadTuple4 {
 	a := netip.MustParseAddrPort(client)
-	return bpf.FairleadTuple4{Saddr: words4(a.Addr().String()), Daddr: words4("192.0.2.10"), Sport: wire(a.Port()), Dport: wire(443)}
+	return bpf.FairleadTuple4{Saddr: words4(a.Addr().String()), Daddr: words4("192.0.2.10"), Sport: wire(a.Port()), Dport: wire(443), Protocol: 6}
 }
 
 // connect puts an entry into the connection table behind everyone's back.
@@ -446,12 +449,18 @@ INTERFACES
 TABLES
   connections 0 of 4096 (0.0 %), 0 of them young
 
+ADDRESSES
+  ADDRESS       USE      ARP, NDP, ECHO
+  10.0.0.1      source   the host's, or routed here
+  192.0.2.10    service  the host's, or routed here
+  2001:db8::10  service  the host's, or routed here
+
 SERVICES
   chat  192.0.2.10:443/tcp  fullnat, 2 backends, up
     BACKEND  ADDRESS         WEIGHT  STATE   SHARE  PACKETS  BYTES  NEW
     ws1      10.0.0.11:8765       1  up     50.0 %        0    0 B    0
     ws2      10.0.0.12:8765       1  up     50.0 %        0    0 B    0
-  web  [2001:db8::10]:80/tcp  dsr, 2 backends, up
+  web  [2001:db8::10]:80/tcp and 1 more  dsr, 2 backends, up
     BACKEND  ADDRESS           WEIGHT  STATE                     SHARE  PACKETS  BYTES  NEW
     ws1      [2001:db8::a]:80       3  up                      100.0 %        0    0 B    0
     ws9      [2001:db8::9]:80       1  no neighbour: no route    0.0 %        0    0 B    0
@@ -497,9 +506,18 @@ EVENTS
 NUMBER  ADDRESS   FIRST-PORT  LAST-PORT
      0  10.0.0.1       20000      20999
 `)
-		e.golden("maps dump services6", `
-ADDRESS            PROTOCOL  NUMBER  SERVICE  RING-SIZE  FLAGS                       ON-BACKEND-DOWN
-[2001:db8::10]:80  tcp            1  web            503  affinity_client,ring_first  keep
+		e.golden("maps dump services4", `
+ADDRESS         PROTOCOL  NUMBER  SERVICE  RING-SIZE  FLAGS  ON-BACKEND-DOWN
+192.0.2.10:443  tcp            0  chat          1009  -      reset
+`)
+		if text := e.want("maps dump services6"); strings.Count(text, "  1  web            503  affinity_client,ring_first  keep\n") != 2 {
+			t.Errorf("both ports of web:\n%s", text)
+		}
+		e.golden("maps dump port_flags", `
+FIRST-PORT  LAST-PORT  MAY-BE
+        80         81  service
+       443        443  service
+     20000      20999  source
 `)
 		e.golden("maps dump ports -o jsonl", `
 {"pool":0,"queue":"unused","capacity":1000,"head":20000,"source":"10.0.0.1","backend":"10.0.0.11:8765"}
@@ -510,7 +528,7 @@ ADDRESS            PROTOCOL  NUMBER  SERVICE  RING-SIZE  FLAGS                  
 		if text := e.want("maps dump half_open4"); strings.Count(text, "\n") != 4 || !strings.Contains(text, clientE) {
 			t.Errorf("half_open4:\n%s", text)
 		}
-		e.refused("maps dump ring", exitFailed, "there is no map ring: there are adoptions")
+		e.refused("maps dump ring", exitFailed, "there is no map ring: there are addresses4")
 		e.refused("maps dump rings --service mail", exitFailed, "there are chat, web")
 	})
 
@@ -552,7 +570,7 @@ ADDRESS            PROTOCOL  NUMBER  SERVICE  RING-SIZE  FLAGS                  
 		if text := e.want("status"); !strings.Contains(text, "daemon not running: forwarding goes on without it") {
 			t.Errorf("without a daemon:\n%s", text)
 		}
-		if text := e.want("unload"); !strings.Contains(text, "removed "+testPins+"/check/v1/link_flcli\n") {
+		if text := e.want("unload"); !strings.Contains(text, "removed "+testPins+"/check/v2/link_flcli\n") {
 			t.Errorf("unload:\n%s", text)
 		}
 		e.refused("unload", exitNothing, "nothing is attached")

@@ -248,7 +248,7 @@ func (v *view) item(e *entry, now uint32, ring bool) (connectionItem, error) {
 	s, _ := v.inv.Service(e.Service)
 	s.ID = e.Service
 	item := connectionItem{
-		Client: e.Tuple.Source, Service: serviceName(s), ServiceAddress: e.Tuple.Destination, Protocol: "tcp",
+		Client: e.Tuple.Source, Service: serviceName(s), ServiceAddress: e.Tuple.Destination, Protocol: maps.ProtocolName(e.Tuple.Protocol),
 		Backend: v.backendName(e.Backend), Plane: "xdp", State: e.state, Generation: e.Generation,
 		age: maps.Age(now, e.Opened), idle: maps.Age(now, e.Seen),
 	}
@@ -441,21 +441,23 @@ func getConnections(c *cli.Context) (err error) {
 	now := maps.Now()
 	var found []connectionItem
 	for _, s := range services {
-		if s.Address.Is4() != client.Addr().Is4() {
+		if s.Address().Is4() != client.Addr().Is4() {
 			continue
 		}
-		e, ok, err := v.get(maps.Tuple{Source: client, Destination: s.AddrPort(), Protocol: s.Protocol})
-		if err != nil {
-			return err
+		for _, at := range s.Keys {
+			e, ok, err := v.get(maps.Tuple{Source: client, Destination: at, Protocol: s.Protocol})
+			if err != nil {
+				return err
+			}
+			if !ok {
+				continue
+			}
+			item, err := v.item(&e, now, true)
+			if err != nil {
+				return err
+			}
+			found = append(found, item)
 		}
-		if !ok {
-			continue
-		}
-		item, err := v.item(&e, now, true)
-		if err != nil {
-			return err
-		}
-		found = append(found, item)
 	}
 	if isJSON(c) {
 		l := newList[connectionItem](c.App.Writer, formatOf(c))

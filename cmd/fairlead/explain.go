@@ -86,7 +86,7 @@ func explain(c *cli.Context) (err error) {
 
 func (v *view) explanation(x *maps.Explanation) (*explanation, error) {
 	e := &explanation{
-		Client: x.Tuple.Source, Service: serviceName(x.Service), ServiceAddress: x.Tuple.Destination, Protocol: "tcp",
+		Client: x.Tuple.Source, Service: serviceName(x.Service), ServiceAddress: x.Tuple.Destination, Protocol: maps.ProtocolName(x.Tuple.Protocol),
 		Rule: x.Rule, Affinity: "connection", Hash: fmt.Sprintf("%#016x", x.Hash), Slot: x.Slot,
 		RingSize: x.Service.RingSize, SlotBackend: v.backendName(x.SlotNow.Backend), Settled: x.SlotNow.Settled,
 		Exception: x.Exception, Fresh: x.Fresh, FastPath: x.FastPath,

@@ -94,7 +94,7 @@ func newApp(stdout, stderr io.Writer, env func(string) string) *cli.App {
 		ExitErrHandler:  func(*cli.Context, error) {}, // run decides
 		Commands: []*cli.Command{
 			runCommand(), checkCommand(), demoCommand(), benchCommand(), statusCommand(), connectionsCommand(), explainCommand(), mapsCommand(),
-			unloadCommand(), versionCommand(), completionCommand(),
+			unloadCommand(), decapCommand(), versionCommand(), completionCommand(),
 		},
 	}
 	finish(app.Commands, config)

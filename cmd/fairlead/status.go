@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	stdmaps "maps"
 	"math"
 	"net/netip"
 	"slices"
@@ -45,6 +46,7 @@ type statusReport struct {
 	Daemon     daemonStatus      `json:"daemon"`
 	Interfaces []interfaceStatus `json:"interfaces"`
 	Tables     tableStatus       `json:"tables"`
+	Addresses  []addressStatus   `json:"addresses"`
 	Services   []serviceStatus   `json:"services"`
 	Verdicts   []counterStatus   `json:"verdicts"` // those that are not zero
 	Events     []counterStatus   `json:"events"`
@@ -61,6 +63,15 @@ type interfaceStatus struct {
 	Mode    string `json:"mode"`  // native, generic; empty: not to be known
 	Program uint32 `json:"program_id"`
 	Link    uint32 `json:"link_id"`
+	// Drops are the device's own: what was lost between the programs and the wire. Those that are not zero.
+	Drops map[string]uint64 `json:"device_drops,omitempty"`
+}
+
+// addressStatus is one of our addresses.
+type addressStatus struct {
+	Address netip.Addr `json:"address"`
+	Uses    []string   `json:"uses"`
+	Own     bool       `json:"own"` // XDP's own: ARP, NDP and echo are answered
 }
 
 type tableStatus struct {
@@ -73,20 +84,22 @@ type tableStatus struct {
 }
 
 type serviceStatus struct {
-	Name          string          `json:"name"`
-	Address       netip.AddrPort  `json:"address"`
-	Protocol      string          `json:"protocol"`
-	Methods       []string        `json:"methods"`
-	State         string          `json:"state"` // up, leaving, no backend
-	Affinity      string          `json:"affinity"`
-	OnBackendDown string          `json:"on_backend_down"`
-	IdleTimeout   float64         `json:"idle_timeout_seconds"`
-	RingSize      uint32          `json:"ring_size"`
-	Unsettled     int             `json:"unsettled_slots"`
-	Connections   *int            `json:"connections,omitempty"` // counted; half-open ones are not among them
-	Traffic       maps.Traffic    `json:"traffic"`
-	Rates         *rates          `json:"rates,omitempty"`
-	Backends      []backendStatus `json:"backends"`
+	Name          string           `json:"name"`
+	Address       netip.AddrPort   `json:"address"` // the first of all
+	Addresses     []netip.AddrPort `json:"addresses"`
+	Leaving       []netip.AddrPort `json:"leaving_addresses,omitempty"` // out of the configuration, not of use
+	Protocol      string           `json:"protocol"`
+	Methods       []string         `json:"methods"`
+	State         string           `json:"state"` // up, leaving, no backend
+	Affinity      string           `json:"affinity"`
+	OnBackendDown string           `json:"on_backend_down"`
+	IdleTimeout   float64          `json:"idle_timeout_seconds"`
+	RingSize      uint32           `json:"ring_size"`
+	Unsettled     int              `json:"unsettled_slots"`
+	Connections   *int             `json:"connections,omitempty"` // counted; half-open ones are not among them
+	Traffic       maps.Traffic     `json:"traffic"`
+	Rates         *rates           `json:"rates,omitempty"`
+	Backends      []backendStatus  `json:"backends"`
 
 	id uint32
 }
@@ -181,8 +194,10 @@ func (v *view) report(services []maps.Service) (*statusReport, error) {
 		return nil, err
 	}
 	for _, at := range links {
-		r.Interfaces = append(r.Interfaces, interfaceStatus{at.Interface, at.Index, string(at.Mode), uint32(at.Program),
-			uint32(at.Link)})
+		r.Interfaces = append(r.Interfaces, interfaceOf(&at))
+	}
+	if r.Addresses, err = v.addresses(); err != nil {
+		return nil, err
 	}
 	for i := range services {
 		s, err := v.serviceStatus(&services[i])
@@ -200,6 +215,30 @@ func (v *view) report(services []maps.Service) (*statusReport, error) {
 	return r, nil
 }
 
+func interfaceOf(at *loader.Attachment) interfaceStatus {
+	i := interfaceStatus{Name: at.Interface, Index: at.Index, Mode: string(at.Mode), Program: uint32(at.Program),
+		Link: uint32(at.Link)}
+	// Where the device is not in this network namespace, there is nothing to be read of it.
+	if drops, err := loader.DeviceDrops(at.Interface); err == nil {
+		stdmaps.DeleteFunc(drops, func(_ string, n uint64) bool { return n == 0 })
+		i.Drops = drops
+	}
+	return i
+}
+
+// addresses are ours, in order.
+func (v *view) addresses() ([]addressStatus, error) {
+	all, err := v.set.Addresses()
+	if err != nil {
+		return nil, err
+	}
+	list := []addressStatus{}
+	for _, a := range slices.SortedFunc(stdmaps.Keys(all), netip.Addr.Compare) {
+		list = append(list, addressStatus{Address: a, Uses: all[a].Names(), Own: all[a]&maps.AddressOwn != 0})
+	}
+	return list, nil
+}
+
 func counters(names []string, counts []uint64) []counterStatus {
 	list := []counterStatus{}
 	for i, n := range counts {
@@ -212,7 +251,7 @@ func counters(names []string, counts []uint64) []counterStatus {
 
 func (v *view) serviceStatus(s *maps.Service) (serviceStatus, error) {
 	st := serviceStatus{
-		Name: serviceName(*s), Address: s.AddrPort(), Protocol: "tcp", Methods: []string{}, State: "up",
+		Name: serviceName(*s), Address: s.AddrPort(), Addresses: s.Keys, Leaving: s.LeavingKeys(), Protocol: maps.ProtocolName(s.Protocol), Methods: []string{}, State: "up",
 		Affinity: "connection", OnBackendDown: s.OnBackendDown.String(), IdleTimeout: s.IdleTimeout.Seconds(),
 		RingSize: s.RingSize, Backends: []backendStatus{}, id: s.ID,
 	}
@@ -422,12 +461,20 @@ func (p *statusPrinter) print(r *statusReport) {
 		if i.Index == 0 {
 			mode = "gone"
 		}
-		rows = append(rows, []string{i.Name, mode, fmt.Sprint(i.Program), fmt.Sprint(i.Link)})
+		row := []string{i.Name, mode, fmt.Sprint(i.Program), fmt.Sprint(i.Link)}
+		if p.wide {
+			row = append(row, cmp.Or(drops(i.Drops), "none"))
+		}
+		rows = append(rows, row)
 	}
 	if len(rows) == 0 {
 		p.line("  none: nothing is attached, nothing is forwarded")
 	} else {
-		p.table("  ", []string{"NAME", "XDP", ">PROGRAM", ">LINK"}, rows)
+		columns := []string{"NAME", "XDP", ">PROGRAM", ">LINK"}
+		if p.wide {
+			columns = append(columns, "DEVICE DROPS")
+		}
+		p.table("  ", columns, rows)
 	}
 
 	p.line("\nTABLES")
@@ -436,6 +483,21 @@ func (p *statusPrinter) print(r *statusReport) {
 		percent(uint64(max(t.Connections, 0)), uint64(t.ConnectionsCapacity)), count(t.Young))
 	if t.HalfOpen != nil {
 		p.line("  half-open %s, room for %s of each family; epoch %d", count(*t.HalfOpen), count(t.HalfOpenCapacity), t.Epoch)
+	}
+
+	p.line("\nADDRESSES")
+	rows = nil
+	for _, a := range r.Addresses {
+		whose := "the host's, or routed here"
+		if a.Own {
+			whose = "answered by XDP"
+		}
+		rows = append(rows, []string{a.Address.String(), strings.Join(a.Uses, ", "), whose})
+	}
+	if len(rows) > 0 {
+		p.table("  ", []string{"ADDRESS", "USE", "ARP, NDP, ECHO"}, rows)
+	} else {
+		p.line("  none")
 	}
 
 	p.line("\nSERVICES")
@@ -447,6 +509,23 @@ func (p *statusPrinter) print(r *statusReport) {
 	}
 	p.counters("VERDICTS", r.Verdicts)
 	p.counters("EVENTS", r.Events)
+}
+
+// drops are a device's own counts, in one line.
+func drops(counts map[string]uint64) string {
+	var list []string
+	for _, name := range slices.Sorted(stdmaps.Keys(counts)) {
+		list = append(list, fmt.Sprintf("%s %d", name, counts[name]))
+	}
+	return strings.Join(list, ", ")
+}
+
+// addressText is a backend's address, without a port where it takes packets for any.
+func addressText(a netip.AddrPort) string {
+	if a.Port() == 0 {
+		return a.Addr().String()
+	}
+	return a.String()
 }
 
 func (p *statusPrinter) service(s *serviceStatus) {
@@ -461,10 +540,17 @@ func (p *statusPrinter) service(s *serviceStatus) {
 		facts = append(facts, fmt.Sprintf("%s packets/s, %s/s, %s new/s", perSecond(s.Rates.Packets),
 			size(uint64(s.Rates.Bytes)), perSecond(s.Rates.Connections)))
 	}
-	p.line("  %s  %v/%s  %s", s.Name, s.Address, s.Protocol, strings.Join(facts, ", "))
+	more := ""
+	if n := len(s.Addresses) - 1; n > 0 {
+		more = fmt.Sprintf(" and %d more", n)
+	}
+	p.line("  %s  %v/%s%s  %s", s.Name, s.Address, s.Protocol, more, strings.Join(facts, ", "))
 	if p.wide {
 		p.line("    affinity %s, on_backend_down %s, idle_timeout %s, ring of %d", s.Affinity, s.OnBackendDown,
 			span(time.Duration(s.IdleTimeout*float64(time.Second))), s.RingSize)
+		if more != "" {
+			p.line("    at %s", strings.Trim(fmt.Sprint(s.Addresses), "[]"))
+		}
 	}
 	columns := []string{"BACKEND", "ADDRESS", ">WEIGHT", "STATE", ">SHARE", ">PACKETS", ">BYTES", ">NEW"}
 	if p.wide {
@@ -482,7 +568,7 @@ func (p *statusPrinter) service(s *serviceStatus) {
 		if b.Reason != "" {
 			state += ": " + b.Reason
 		}
-		row := []string{b.Name, b.Address.String(), fmt.Sprint(b.Weight), state, percent(uint64(b.Slots), uint64(s.RingSize)),
+		row := []string{b.Name, addressText(b.Address), fmt.Sprint(b.Weight), state, percent(uint64(b.Slots), uint64(s.RingSize)),
 			count(b.Traffic.Packets), size(b.Traffic.Bytes), count(b.Traffic.Connections)}
 		if p.wide {
 			row = append(row, b.Method, count(b.Traffic.Refused), count(b.Traffic.ReplyPackets), size(b.Traffic.ReplyBytes))

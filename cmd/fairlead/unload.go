@@ -5,7 +5,7 @@ import (
 
 	"github.com/urfave/cli/v2"
 
-	"fairlead/loader"
+	"fairlead/userspace/daemon"
 )
 
 func unloadCommand() *cli.Command {
@@ -23,7 +23,7 @@ func unloadCommand() *cli.Command {
 			if err != nil {
 				return err
 			}
-			removed, failed := loader.Unload(path)
+			removed, failed := daemon.Unload(path)
 			if isJSON(c) {
 				l := newList[string](c.App.Writer, formatOf(c))
 				for _, pin := range removed {

@@ -115,7 +115,11 @@ func (v *view) findServices(word string) ([]maps.Service, error) {
 	var found []maps.Service
 	var known []string
 	for _, s := range v.inv.Services {
-		if s.Name == word || isAddress && s.AddrPort() == address {
+		if at := slices.Index(s.Keys, address); isAddress && at >= 0 {
+			// The one that was asked for stands for all.
+			s.Keys = append([]netip.AddrPort{address}, slices.Delete(slices.Clone(s.Keys), at, at+1)...)
+			found = append(found, s)
+		} else if s.Name == word {
 			found = append(found, s)
 		}
 		known = append(known, s.Name)

@@ -21,12 +21,14 @@ const generated = "../../bpf/fairlead_bpfel.go"
 
 // layouts are all structs that Go and the data plane share, as Go has them.
 var layouts = []any{
-	bpf.FairleadAddress6{}, bpf.FairleadAdoption{}, bpf.FairleadBackend{}, bpf.FairleadBackendLabel{},
-	bpf.FairleadBitmapSet{}, bpf.FairleadConnection{}, bpf.FairleadControlBlock{}, bpf.FairleadCounterSet{},
-	bpf.FairleadFillRequest{}, bpf.FairleadHalfOpen{}, bpf.FairleadHop{}, bpf.FairleadPool{}, bpf.FairleadReply4{},
-	bpf.FairleadReply6{}, bpf.FairleadScratch{}, bpf.FairleadService{}, bpf.FairleadServiceKey4{},
-	bpf.FairleadServiceKey6{}, bpf.FairleadServiceLabel{}, bpf.FairleadSource{}, bpf.FairleadTendRecord{},
-	bpf.FairleadTendRequest{}, bpf.FairleadTraffic{}, bpf.FairleadTuple4{}, bpf.FairleadTuple6{}, bpf.FairleadWayBack{},
+	bpf.FairleadAddress6{}, bpf.FairleadBackend{}, bpf.FairleadBackendLabel{}, bpf.FairleadBitmapSet{},
+	bpf.FairleadBudget{}, bpf.FairleadConnection{}, bpf.FairleadControlBlock{}, bpf.FairleadCounterSet{},
+	bpf.FairleadDevice{}, bpf.FairleadFillRequest{}, bpf.FairleadFragment{}, bpf.FairleadFragmentKey{},
+	bpf.FairleadHalfOpen{}, bpf.FairleadHop{}, bpf.FairleadPath{}, bpf.FairleadPathKey{}, bpf.FairleadPool{},
+	bpf.FairleadPortSet{}, bpf.FairleadReply4{}, bpf.FairleadReply6{}, bpf.FairleadScratch{}, bpf.FairleadService{},
+	bpf.FairleadServiceKey4{}, bpf.FairleadServiceKey6{}, bpf.FairleadServiceLabel{}, bpf.FairleadSource{},
+	bpf.FairleadTendRecord{}, bpf.FairleadTendRequest{}, bpf.FairleadTraffic{}, bpf.FairleadTuple4{},
+	bpf.FairleadTuple6{}, bpf.FairleadWayBack{},
 }
 
 // Every struct that Go shares with the data plane has the layout that the compiled object's type information tells,

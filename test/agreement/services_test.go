@@ -68,7 +68,7 @@ type service struct {
 	named     int // names given so far
 }
 
-func (s *service) address() netip.AddrPort { return netip.AddrPortFrom(s.Address, s.Port) }
+func (s *service) address() netip.AddrPort { return s.Keys[0] }
 
 func (s *service) String() string {
 	affinity := "connection"
@@ -92,8 +92,8 @@ func (s *service) predict(client netip.AddrPort) int {
 func (p *dataplane) newService(number int) *service {
 	p.Helper()
 	s := &service{WantedService: maps.WantedService{
-		Name: fmt.Sprintf("service%d", number), Address: p.address(), Port: p.port(), Protocol: unix.IPPROTO_TCP,
-		RingSize:       ringSizes[p.random.IntN(len(ringSizes))],
+		Name: fmt.Sprintf("service%d", number), Keys: []netip.AddrPort{netip.AddrPortFrom(p.address(), p.port())},
+		Protocol: unix.IPPROTO_TCP, RingSize: ringSizes[p.random.IntN(len(ringSizes))],
 		AffinityClient: p.random.IntN(3) == 0,
 		IdleTimeout:    time.Hour,
 	}}

@@ -11,7 +11,7 @@ import (
 	"runtime"
 	"slices"
 
-	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
 
 	"fairlead/bpf"
 	"fairlead/maps"
@@ -33,84 +33,93 @@ type kind struct {
 	expect func(i int, in frame) (frame, error)
 	// renew, if there is one, makes other paths of them before each run: nobody is to be seen twice.
 	renew func()
+	// like is the kind whose figure with the fewest connections this one is compared with, if any.
+	like string
 }
 
-func (p *plane) measureAll(ctx context.Context, o *Options, visit func(Result) error) error {
-	measure := func(k kind) error {
-		r, err := p.measure(ctx, o, k)
-		if err != nil {
-			return fmt.Errorf("%s, %d connections: %w", k.name, len(p.established), err)
-		}
-		return visit(r)
-	}
-	for _, connections := range o.Connections {
-		o.Tell(fmt.Sprintf("%v, %s: establish %d connections", p.method, p.family(), connections))
-		if err := p.establish(connections); err != nil {
+// everything is packets of established connections, as most are for long, and everything else.
+func (p *plane) everything(o *Options, visit func(kind) error) error {
+	for _, connections := range o.connections(p.setting) {
+		o.Tell(fmt.Sprintf("%v: establish %d connections", p.setting, connections))
+		if err := p.establish(connections, false); err != nil {
 			return err
 		}
 		clients := shuffled(p.random, p.established)
-		if err := measure(p.talk(Settled, clients)); err != nil {
+		if err := visit(p.talk(Settled, clients)); err != nil {
 			return err
 		}
-		if p.method == maps.MethodFullNAT {
+		if !p.method.Stateless() {
 			k, err := p.talkBack()
 			if err != nil {
 				return err
 			}
-			if err := measure(k); err != nil {
+			if err := visit(k); err != nil {
 				return err
 			}
+		}
+		if p.udp() {
+			continue
 		}
 		if err := p.unsettle(true); err != nil {
 			return err
 		}
-		if err := errors.Join(measure(p.talk(Unsettled, clients)), p.unsettle(false)); err != nil {
-			return err
-		}
-		if connections < backends {
-			continue // no third of so few
-		}
-		if err := p.apply(resting); err != nil {
-			return err
-		}
-		if err := measure(p.talk(Exceptions, clients)); err != nil {
-			return err
-		}
-		if err := errors.Join(p.apply(0), p.manager.Turn()); err != nil {
+		if err := errors.Join(visit(p.talk(Unsettled, clients)), p.unsettle(false)); err != nil {
 			return err
 		}
 	}
-	o.Tell(fmt.Sprintf("%v, %s: not ours, new connections", p.method, p.family()))
-	rest := []kind{p.notOurs(OtherPort, netip.AddrPortFrom(p.service.Addr(), servicePort+1), talking),
-		p.notOurs(OtherAddress, netip.AddrPortFrom(p.service.Addr().Next(), servicePort), talking),
-		p.notOurs(UDP, p.service, datagram)}
-	if p.method == maps.MethodFullNAT {
+	if p.udp() || p.tunnels() && (o.Quick || p.ipv6 != p.outer6) {
+		return nil
+	}
+	o.Tell(fmt.Sprintf("%v: new connections, not ours", p.setting))
+	rest := p.strange()
+	if !p.method.Stateless() {
 		rest = append(rest, p.refuse())
 	}
-	for _, k := range append(rest, p.open()) {
-		if err := measure(k); err != nil {
+	for _, k := range append(rest, p.arrive()) {
+		if err := visit(k); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-func (p *plane) family() Family {
-	if p.ipv6 {
-		return IPv6
+// afterRestart is packets of connections that were opened during a rolling restart: one third of the backends after the
+// other was away, so that a third of the connections is on another backend than their slot's.
+func (p *plane) afterRestart(o *Options, visit func(kind) error) error {
+	for _, connections := range o.connections(p.setting) {
+		if connections < backends {
+			continue // no third of so few
+		}
+		o.Tell(fmt.Sprintf("%v: establish %d connections in a rolling restart", p.setting, connections))
+		if err := p.establish(connections, true); err != nil {
+			return err
+		}
+		if err := visit(p.talk(Restarted, shuffled(p.random, p.established))); err != nil {
+			return err
+		}
 	}
-	return IPv4
+	return nil
 }
 
-// talk is segments of established connections.
+// talk is packets of established connections.
 func (p *plane) talk(name string, clients []netip.AddrPort) kind {
-	k := kind{name: name, paths: p.inwards(clients), verdicts: p.decided(name == Unsettled), action: xdpTX}
-	k.template = p.template(talking, k.paths)
+	k := kind{
+		name: name, paths: p.inwards(clients), verdicts: p.decided(name == Unsettled), action: xdpTX, like: Settled,
+	}
+	k.template = p.template(p.words(talking), k.paths)
 	k.expect = func(i int, in frame) (frame, error) { return p.forwarded(in, clients[i]) }
 	return k
 }
 
-// talkBack is backends' segments of established connections.
+// words are a segment, or what UDP has for one.
+func (p *plane) words(s segment) segment {
+	if p.udp() {
+		return datagram
+	}
+	return s
+}
+
+// talkBack is backends' packets of established connections.
 func (p *plane) talkBack() (kind, error) {
 	paths, clients, err := p.replies()
 	if err != nil {
@@ -121,11 +130,11 @@ func (p *plane) talkBack() (kind, error) {
 		turns[i] = i
 	}
 	turns = shuffled(p.random, turns)
-	k := kind{name: Replies, verdicts: all(bpf.FairleadVerdictREPLY_TABLE, len(paths)), action: xdpTX}
+	k := kind{name: Replies, verdicts: all(bpf.FairleadVerdictREPLY_TABLE, len(paths)), action: xdpTX, like: Replies}
 	for _, turn := range turns {
 		k.paths = append(k.paths, paths[turn])
 	}
-	k.template = newFrame(backward, k.paths[0].from, k.paths[0].to, talkingBack)
+	k.template = newFrame(backward, k.paths[0].from, k.paths[0].to, p.words(talkingBack))
 	k.expect = func(i int, in frame) (frame, error) {
 		out := in.clone()
 		out.setHop(outward)
@@ -136,13 +145,13 @@ func (p *plane) talkBack() (kind, error) {
 	return k, nil
 }
 
-// open is SYNs of newcomers.
-func (p *plane) open() kind {
+// arrive is first packets of newcomers.
+func (p *plane) arrive() kind {
 	clients := p.strangers
 	k := kind{
 		name: New, paths: p.inwards(clients), verdicts: all(bpf.FairleadVerdictFORWARD_NEW, len(clients)), action: xdpTX,
 	}
-	k.template = p.template(opening, k.paths)
+	k.template = p.template(p.words(opening), k.paths)
 	k.expect = func(i int, in frame) (frame, error) { return p.forwarded(in, k.paths[i].from) }
 	k.renew = func() {
 		for i := range k.paths {
@@ -156,7 +165,7 @@ func (p *plane) open() kind {
 // refuse is segments of connections that nobody knows, by a method that must know them: RST answers
 // (RFC 9293, section 3.10.7.1).
 func (p *plane) refuse() kind {
-	clients := p.strangers[:min(bystander, len(p.strangers))]
+	clients := p.bystanders()
 	k := kind{
 		name: Refused, paths: p.inwards(clients), verdicts: all(bpf.FairleadVerdictRESET_UNKNOWN, len(clients)),
 		action: xdpTX,
@@ -170,14 +179,54 @@ func (p *plane) refuse() kind {
 	return k
 }
 
-// notOurs is packets that no service is for.
-func (p *plane) notOurs(name string, to netip.AddrPort, s segment) kind {
+// strange is packets that no service is for.
+func (p *plane) strange() []kind {
+	elsewhere, service := p.elsewhere(), p.service.Addr()
+	// Type and code of ICMP stand where others have the source port.
+	icmp, echo, unreachable := uint8(unix.IPPROTO_ICMP), uint16(8<<8), uint16(3<<8|1)
+	if p.ipv6 {
+		icmp, echo, unreachable = unix.IPPROTO_ICMPV6, 128<<8, 1<<8|3
+	}
+	kinds := []kind{
+		p.notOurs(OtherPort, 0, netip.AddrPortFrom(service, servicePort+1), talking),
+		p.notOurs(OtherAddress, 0, netip.AddrPortFrom(elsewhere, servicePort), talking),
+		p.notOurs(UDP, 0, p.service, datagram),
+		p.notOurs(OtherProtocol, 1, netip.AddrPortFrom(service, 2), segment{protocol: unix.IPPROTO_ESP, payload: 32}),
+		p.notOurs(ICMP, echo, netip.AddrPortFrom(elsewhere, 0), segment{protocol: icmp, payload: 32}),
+		p.notOurs(ICMPError, unreachable, netip.AddrPortFrom(elsewhere, 0), segment{protocol: icmp, data: p.quoted()}),
+	}
+	if p.method == maps.MethodFullNAT {
+		kinds = append(kinds, p.notOurs(SourcePort, 0, netip.AddrPortFrom(elsewhere, lastPort), talking))
+	}
+	if p.method == maps.MethodNAT {
+		kinds = append(kinds, p.notOurs(BackendPort, rewritten, netip.AddrPortFrom(elsewhere, servicePort+1), talking))
+	}
+	return kinds
+}
+
+// quoted is the packet that an ICMP error is about: someone else sent it.
+func (p *plane) quoted() []byte {
+	from, to := netip.AddrPortFrom(p.elsewhere(), servicePort), p.strangers[0]
+	return newFrame(outward, from, to, talking).bytes[etherSize:]
+}
+
+func (p *plane) bystanders() []netip.AddrPort { return p.strangers[:min(bystander, len(p.strangers))] }
+
+// notOurs is packets that no service is for, from ports of many clients or all from one.
+func (p *plane) notOurs(name string, port uint16, to netip.AddrPort, s segment) kind {
 	k := kind{name: name, action: xdpPass}
-	for _, client := range p.strangers[:min(bystander, len(p.strangers))] {
+	for _, client := range p.bystanders() {
+		if port != 0 {
+			client = netip.AddrPortFrom(client.Addr(), port)
+		}
 		k.paths = append(k.paths, path{client, to})
 	}
 	k.template = p.template(s, k.paths)
-	k.verdicts = all(bpf.FairleadVerdictPASS_NOT_OURS, len(k.paths))
+	verdict := bpf.FairleadVerdictPASS_NOT_OURS
+	if s.protocol == unix.IPPROTO_ICMP || s.protocol == unix.IPPROTO_ICMPV6 {
+		verdict = bpf.FairleadVerdictPASS_ICMP
+	}
+	k.verdicts = all(verdict, len(k.paths))
 	k.expect = func(_ int, in frame) (frame, error) { return in, nil }
 	return k
 }
@@ -185,46 +234,60 @@ func (p *plane) notOurs(name string, to netip.AddrPort, s segment) kind {
 // check compares frames as they leave, action and bytes, with what should become of them, and returns by how many bytes
 // they have grown.
 func (p *plane) check(k kind) (grown int, err error) {
-	for n := range shown {
-		i, row := p.random.IntN(len(k.paths)), 1
-		if n == 0 {
-			// Is each repeat's frame its own, whatever became of the one before? Once is enough: the kernel takes its
-			// time to begin a run of several repeats.
-			row = 3
-		}
-		action, out, err := p.harness.show(i, row)
-		if err != nil {
+	for range shown {
+		i := p.random.IntN(len(k.paths))
+		if grown, err = p.checkOne(k, i, 1); err != nil {
 			return 0, err
 		}
-		in := k.template.clone()
-		in.setEnds(k.paths[i].from, k.paths[i].to)
-		want, err := k.expect(i, in)
-		if err != nil {
+		if p.repeated[grown] {
+			continue
+		}
+		// Is each repeat's frame its own, whatever became of the one before? Once is enough: the kernel takes its time
+		// to begin a run of several repeats.
+		if _, err := p.checkOne(k, i, 3); err != nil {
 			return 0, err
 		}
-		if action != k.action {
-			return 0, fmt.Errorf("a frame from %v to %v: action %d, expected %d", k.paths[i].from, k.paths[i].to, action,
-				k.action)
-		}
-		if !bytes.Equal(out, want.bytes) {
-			return 0, fmt.Errorf("a frame from %v to %v left as\n%x, expected\n%x", k.paths[i].from, k.paths[i].to, out,
-				want.bytes)
-		}
-		grown = len(out) - len(in.bytes)
+		p.repeated[grown] = true
 	}
 	return grown, nil
 }
 
+// checkOne looks at frame number i, given behind others that make a row with it.
+func (p *plane) checkOne(k kind, i, row int) (grown int, err error) {
+	action, out, err := p.harness.show(i, row)
+	if err != nil {
+		return 0, err
+	}
+	in := k.template.clone()
+	in.setEnds(k.paths[i].from, k.paths[i].to)
+	want, err := k.expect(i, in)
+	if err != nil {
+		return 0, err
+	}
+	if action != k.action {
+		return 0, fmt.Errorf("a frame from %v to %v: action %d, expected %d", k.paths[i].from, k.paths[i].to, action,
+			k.action)
+	}
+	if !bytes.Equal(out, want.bytes) {
+		return 0, fmt.Errorf("a frame from %v to %v left as\n%x, expected\n%x", k.paths[i].from, k.paths[i].to, out,
+			want.bytes)
+	}
+	return len(out) - len(in.bytes), nil
+}
+
 // measure checks one kind of packet, then times it.
 func (p *plane) measure(ctx context.Context, o *Options, k kind) (r Result, err error) {
-	h := p.harness
+	h, length := p.harness, len(k.template.bytes)
 	passes := (o.repeats() + len(k.paths) - 1) / len(k.paths)
 	if k.renew != nil {
 		passes = 1
 	}
 	r = Result{
-		Case: k.name, Connections: len(p.established), Runs: o.Runs, Repeats: passes * len(k.paths),
-		Verdicts: map[string]uint64{},
+		Method: p.method.String(), Family: p.family(), Protocol: protocolName(p.protocol), Case: k.name,
+		Connections: len(p.established), Exceptions: p.exceptions, Runs: o.Runs, Repeats: passes * len(k.paths), Verdicts: map[string]uint64{},
+	}
+	if p.tunnels() {
+		r.Outer = familyOf(p.outer6)
 	}
 	expected := k.verdicts.times(uint64(passes))
 	for verdict, n := range expected {
@@ -232,40 +295,23 @@ func (p *plane) measure(ctx context.Context, o *Options, k kind) (r Result, err 
 			r.Verdicts[bpf.VerdictNames()[verdict]] = n
 		}
 	}
-	if r.Exceptions, err = p.exceptions(); err != nil {
-		return r, err
-	}
 	if err := h.load(k.template, k.paths); err != nil {
 		return r, err
 	}
 	// Each frame once: then fresh bits, and whatever else is found out at a first look, are as they stay.
-	if _, err := h.time(h.GivePlane, 1); err != nil {
-		return r, err
+	if k.like != "" {
+		if err := h.give(1); err != nil {
+			return r, err
+		}
 	}
 	grown, err := p.check(k)
 	if err != nil {
 		return r, err
 	}
-	if err := h.Disturbance.Set(int32(grown)); err != nil {
-		return r, err
-	}
-	var nets, harnesses []float64
+	var planes, floors, harnesses []float64
 	for range o.Runs {
 		if err := ctx.Err(); err != nil {
 			return r, err
-		}
-		harness, err := p.floor(passes)
-		if err != nil {
-			return r, err
-		}
-		harnesses = append(harnesses, harness)
-		if grown != 0 {
-			// There and back are one call each of the same helper: the way back is the harness's.
-			moved, err := p.time(h.GiveDisturbance, passes, counts{})
-			if err != nil {
-				return r, err
-			}
-			harness += (moved - harness) / 2
 		}
 		if k.renew != nil {
 			k.renew()
@@ -273,54 +319,33 @@ func (p *plane) measure(ctx context.Context, o *Options, k kind) (r Result, err 
 				return r, err
 			}
 		}
-		gross, err := p.time(h.GivePlane, passes, expected)
-		if err != nil {
+		if err := h.move(grown); err != nil {
 			return r, err
 		}
-		nets = append(nets, gross-harness)
+		var t timing
+		if err := p.counted(expected, length, func() (err error) {
+			t, err = h.time(passes)
+			return err
+		}); err != nil {
+			return r, err
+		}
+		planes, floors, harnesses = append(planes, t.plane), append(floors, t.floor), append(harnesses, t.harness)
 	}
-	r.Nanoseconds, r.Lowest, r.Highest = median(nets), slices.Min(nets), slices.Max(nets)
-	r.Floor, r.Harness = math.Round(100*middle(p.floors))/100, median(harnesses)
-	r.Ratio = math.Round(10*r.Nanoseconds/max(r.Floor, 1)) / 10
+	r.Nanoseconds, r.Lowest, r.Highest = tenths(median(planes)), tenths(slices.Min(planes)), tenths(slices.Max(planes))
+	r.Floor, r.Harness = tenths(median(floors)), tenths(median(harnesses))
+	r.Ratio = tenths(r.Nanoseconds / max(r.Floor, 1))
 	return r, nil
 }
 
-// floor times harness and floor, and returns the harness's nanoseconds a repeat.
-func (p *plane) floor(passes int) (harness float64, err error) {
-	if harness, err = p.time(p.harness.GiveNothing, passes, counts{}); err != nil {
-		return 0, err
-	}
-	floor, err := p.time(p.harness.GiveFloor, passes, counts{})
-	p.floors = append(p.floors, floor-harness)
-	return harness, err
-}
+func tenths(of float64) float64 { return math.Round(10*of) / 10 }
 
-// middle is the mean of the middle half: the kernel tells whole nanoseconds, and the floor is few of them.
-func middle(of []float64) float64 {
-	of = slices.Sorted(slices.Values(of))
-	of = of[len(of)/4 : len(of)-len(of)/4]
-	sum := 0.0
-	for _, n := range of {
-		sum += n
-	}
-	return sum / float64(len(of))
-}
+func hundredths(of float64) float64 { return math.Round(100*of) / 100 }
 
-// time is the nanoseconds a repeat with whom one of the harness's programs gives frames, and who gives these verdicts.
-func (p *plane) time(give *ebpf.Program, passes int, expected counts) (ns float64, err error) {
-	return ns, p.counted(expected, func() (err error) {
-		ns, err = p.harness.time(give, passes)
-		return err
-	})
-}
-
-func median(of []float64) float64 {
-	of = slices.Sorted(slices.Values(of))
-	middle := len(of) / 2
-	if len(of)%2 == 0 {
-		return (of[middle-1] + of[middle]) / 2
+func protocolName(protocol uint8) string {
+	if protocol == unix.IPPROTO_UDP {
+		return "udp"
 	}
-	return of[middle]
+	return "tcp"
 }
 
 // cpuModel is the CPU's name, or at least its kind.

@@ -7,6 +7,7 @@ import (
 	"math/rand/v2"
 	"net/netip"
 	"runtime"
+	"slices"
 	"unsafe"
 
 	"github.com/cilium/ebpf"
@@ -19,8 +20,10 @@ const (
 	xdpTX   = 3
 )
 
-// outputRoom is how much longer a frame may become.
-const outputRoom = 128
+const (
+	outputRoom = 128  // how much longer a frame may become
+	pieceSize  = 1024 // frames: their part of the order fits into the first cache
+)
 
 // path is the two ends of a frame.
 type path struct{ from, to netip.AddrPort }
@@ -29,26 +32,30 @@ type path struct{ from, to netip.AddrPort }
 // programs, which the kernel empties when nobody does.
 type harness struct {
 	harnessObjects
-	order  *ebpf.Memory
-	frame  frame
-	frames int
+	order, pieces *ebpf.Memory
+	frame         frame
+	shared        harnessFrameSet
 }
 
-// newHarness loads the harness with room for so many frames of one family. Its programs take the flags of the data
-// plane's: a tail call asks for the same kind on both sides.
-func newHarness(ipv6 bool, frames int, plane *ebpf.Program, like *ebpf.ProgramSpec) (_ *harness, err error) {
+// newHarness loads the harness with room for so many frames of one family, and for runs of so many repeats. Its programs
+// take the flags of the data plane's: a tail call asks for the same kind on both sides.
+func newHarness(ipv6 bool, frames, repeats int, plane *ebpf.Program, like *ebpf.ProgramSpec) (_ *harness, err error) {
 	spec, err := loadHarness()
 	if err != nil {
 		return nil, fmt.Errorf("read the compiled harness: %w", err)
 	}
 	spec.Maps["order"].MaxEntries = uint32(frames)
+	spec.Maps["pieces"].MaxEntries = uint32((repeats+frames)/pieceSize + 2)
 	for _, p := range spec.Programs {
 		p.Flags, p.AttachType = like.Flags, like.AttachType
 	}
+	family := uint8(0)
 	if ipv6 {
-		if err := spec.Variables["ipv6"].Set(uint8(1)); err != nil {
-			return nil, fmt.Errorf("set the harness's family: %w", err)
-		}
+		family = 1
+	}
+	if err := errors.Join(spec.Variables["ipv6"].Set(family),
+		spec.Variables["piece_size"].Set(uint32(pieceSize))); err != nil {
+		return nil, fmt.Errorf("set the harness's constants: %w", err)
 	}
 	h := new(harness)
 	if err := spec.LoadAndAssign(&h.harnessObjects, nil); err != nil {
@@ -62,11 +69,15 @@ func newHarness(ipv6 bool, frames int, plane *ebpf.Program, like *ebpf.ProgramSp
 	if h.order, err = h.Order.Memory(); err != nil {
 		return nil, fmt.Errorf("map the harness's order: %w", err)
 	}
-	for taker, program := range map[harnessTaker]*ebpf.Program{
-		harnessTakerTAKER_PLANE: plane, harnessTakerTAKER_NOTHING: h.TakeNothing,
-		harnessTakerTAKER_FLOOR: h.TakeFloor, harnessTakerTAKER_DISTURBANCE: h.TakeDisturbance,
+	if h.pieces, err = h.Pieces.Memory(); err != nil {
+		return nil, fmt.Errorf("map the harness's pieces: %w", err)
+	}
+	for turn, program := range map[harnessTurn]*ebpf.Program{
+		harnessTurnTURN_TOUCH: h.TakeNothing, harnessTurnTURN_NOTHING: h.TakeNothing,
+		harnessTurnTURN_FLOOR: h.TakeFloor, harnessTurnTURN_DISTURBANCE: h.TakeDisturbance,
+		harnessTurnTURN_PLANE: plane,
 	} {
-		if err := h.Takers.Put(taker, program); err != nil {
+		if err := h.Takers.Put(turn, program); err != nil {
 			return nil, fmt.Errorf("give the harness %s: %w", program, err)
 		}
 	}
@@ -78,16 +89,19 @@ func (h *harness) load(template frame, paths []path) error {
 	if len(paths) == 0 || uint64(len(paths)) > uint64(h.Order.MaxEntries()) {
 		return fmt.Errorf("load %d frames: the harness has room for 1 to %d", len(paths), h.Order.MaxEntries())
 	}
-	h.frame, h.frames = template, len(paths)
 	orderer, entries := newOrderer(template), make([]harnessEnds, len(paths))
 	for i, p := range paths {
 		entries[i] = orderer.entry(p.from, p.to)
 	}
-	size := len(entries) * int(unsafe.Sizeof(entries[0]))
-	if _, err := h.order.WriteAt(unsafe.Slice((*byte)(unsafe.Pointer(&entries[0])), size), 0); err != nil {
+	if _, err := h.order.WriteAt(memory(entries), 0); err != nil {
 		return fmt.Errorf("write the order of frames: %w", err)
 	}
-	var words [10]uint64
+	h.frame = template
+	h.shared = harnessFrameSet{
+		Length: uint32(len(template.bytes)), Count: uint32(len(paths)), L4: uint32(template.l4),
+		Check: uint32(template.l4 + template.check),
+	}
+	words := &h.shared.Template
 	if len(template.bytes) < len(words)*8 && (template.ipv6 || len(template.bytes) < 56) {
 		return fmt.Errorf("load a template of %d bytes: it is too short for its headers", len(template.bytes))
 	}
@@ -96,13 +110,18 @@ func (h *harness) load(template frame, paths []path) error {
 			words[i] = binary.NativeEndian.Uint64(template.bytes[i*8:])
 		}
 	}
-	return errors.Join(h.Template.Set(words), h.FrameLength.Set(uint32(len(template.bytes))),
-		h.FrameCount.Set(uint32(h.frames)))
+	return h.Frames.Set(h.shared)
 }
 
-// begin makes a frame of the order the next one. The kernel gives each run a packet of its own.
-func (h *harness) begin(next int) error {
-	return errors.Join(h.Head.Set(int64(0)), h.Lost.Set(uint32(0)), h.FrameNext.Set(uint32(next)))
+// memory is the bytes of values as they lie in a map.
+func memory[T any](values []T) []byte {
+	return unsafe.Slice((*byte)(unsafe.Pointer(&values[0])), len(values)*int(unsafe.Sizeof(values[0])))
+}
+
+// move tells by how many bytes the data plane makes the frames of the order longer.
+func (h *harness) move(bytes int) error {
+	h.shared.Moved = int32(bytes)
+	return h.Frames.Set(h.shared)
 }
 
 // errInterrupted says that the kernel cut a run short, and does not tell where.
@@ -122,53 +141,102 @@ func undisturbed(run func() error) error {
 	return errors.Join(run(), unix.PthreadSigmask(unix.SIG_SETMASK, &before, nil))
 }
 
-// time lets one of the programs `give_…` give the whole order, so many times, and returns the kernel's nanoseconds a
-// repeat.
-func (h *harness) time(give *ebpf.Program, passes int) (ns float64, err error) {
-	if err := h.begin(0); err != nil {
-		return 0, err
+// run gives so many frames of the order, from one of them on, piece by piece to the first of a turn and all behind it.
+// One repeat more than that takes is there to note how long the last turn took.
+func (h *harness) run(first harnessTurn, frame, frames, repeats int, out []byte) (action uint32, got []byte, err error) {
+	if err := h.Run.Set(harnessRunState{
+		FirstTurn: uint32(first), Turn: uint32(harnessTurnTURN_COUNT), Next: uint32(frame), Rest: uint32(frames),
+	}); err != nil {
+		return 0, nil, err
 	}
 	interrupted := false
-	if err := undisturbed(func() error {
-		_, each, err := give.Benchmark(h.frame.bytes, passes*h.frames, func() { interrupted = true })
-		ns = float64(each.Nanoseconds())
+	options := ebpf.RunOptions{
+		Data: h.frame.bytes, DataOut: out, Repeat: uint32(repeats), Reset: func() { interrupted = true },
+	}
+	if err := undisturbed(func() (err error) {
+		action, err = h.Give.Run(&options)
 		return err
 	}); err != nil {
-		return 0, err
+		return 0, nil, err
 	}
-	if interrupted {
-		return 0, errInterrupted
+	var state harnessRunState
+	if err := h.Run.Get(&state); err != nil {
+		return 0, nil, err
 	}
-	return ns, h.arrived()
+	switch {
+	case interrupted:
+		return 0, nil, errInterrupted
+	case state.Lost > 0:
+		return 0, nil, fmt.Errorf("%d frames were lost in the harness", state.Lost)
+	case state.Rest > 0 || state.Left > 0 || (state.Finished > 0) != (repeats > frames):
+		return 0, nil, fmt.Errorf("the harness did not come to an end: %+v", state)
+	}
+	return action, options.DataOut, nil
 }
 
-// arrived tells whether all repeats came to whom they were for.
-func (h *harness) arrived() error {
-	var lost uint32
-	if err := h.Lost.Get(&lost); err != nil {
-		return err
-	}
-	if lost > 0 {
-		return fmt.Errorf("%d frames were lost in the harness", lost)
-	}
-	return nil
+// give gives the data plane the whole order, so many times.
+func (h *harness) give(passes int) error {
+	frames := passes * int(h.shared.Count)
+	_, _, err := h.run(harnessTurnTURN_PLANE, 0, frames, frames, nil)
+	return err
 }
 
 // show gives the data plane a few frames in a row and returns what became of the last, number i of the order.
 func (h *harness) show(i, row int) (action uint32, out []byte, err error) {
-	if err := h.begin(((i-row+1)%h.frames + h.frames) % h.frames); err != nil {
-		return 0, nil, err
+	count := int(h.shared.Count)
+	return h.run(harnessTurnTURN_PLANE, ((i-row+1)%count+count)%count, row, row,
+		make([]byte, len(h.frame.bytes)+outputRoom))
+}
+
+// timing is what a frame takes, in nanoseconds: medians of all pieces.
+type timing struct {
+	plane   float64 // the data plane, net of the harness
+	floor   float64 // the floor, net of the harness
+	harness float64
+}
+
+// time gives everyone in turn the whole order, so many times.
+func (h *harness) time(passes int) (timing, error) {
+	turns := int(harnessTurnTURN_COUNT)
+	if h.shared.Moved == 0 {
+		turns--
 	}
-	options := ebpf.RunOptions{
-		Data: h.frame.bytes, DataOut: make([]byte, len(h.frame.bytes)+outputRoom), Repeat: uint32(row),
+	frames := passes * int(h.shared.Count)
+	if _, _, err := h.run(harnessTurnTURN_TOUCH, 0, frames, frames*turns+1, nil); err != nil {
+		return timing{}, err
 	}
-	if err := undisturbed(func() (err error) {
-		action, err = h.GivePlane.Run(&options)
-		return err
-	}); err != nil {
-		return 0, nil, err
+	pieces := make([]harnessPiece, (frames+pieceSize-1)/pieceSize)
+	if _, err := h.pieces.ReadAt(memory(pieces), 0); err != nil {
+		return timing{}, fmt.Errorf("read how long the pieces took: %w", err)
 	}
-	return action, options.DataOut, h.arrived()
+	if rest := frames % pieceSize; rest > 0 && len(pieces) > 1 {
+		pieces = pieces[:len(pieces)-1] // the last is shorter
+		frames = pieceSize
+	}
+	frames = min(frames, pieceSize)
+	var all [3][]float64
+	for _, p := range pieces {
+		took := func(turn harnessTurn) float64 { return float64(p.Ns[turn]) / float64(frames) }
+		nothing := took(harnessTurnTURN_NOTHING)
+		plane := took(harnessTurnTURN_PLANE) - nothing
+		if h.shared.Moved != 0 {
+			// There and back are one call each of the same helper: the way back is the harness's.
+			plane -= (took(harnessTurnTURN_DISTURBANCE) - nothing) / 2
+		}
+		for i, ns := range []float64{plane, took(harnessTurnTURN_FLOOR) - nothing, nothing} {
+			all[i] = append(all[i], ns)
+		}
+	}
+	return timing{plane: median(all[0]), floor: median(all[1]), harness: median(all[2])}, nil
+}
+
+func median(of []float64) float64 {
+	of = slices.Sorted(slices.Values(of))
+	middle := len(of) / 2
+	if len(of)%2 == 0 {
+		return (of[middle-1] + of[middle]) / 2
+	}
+	return of[middle]
 }
 
 // shuffled is a copy in random order.

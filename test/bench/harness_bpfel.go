@@ -23,14 +23,47 @@ type harnessEnds struct {
 	L4Check uint16
 }
 
-type harnessTaker uint32
+type harnessFrameSet struct {
+	_        structs.HostLayout
+	Template [10]uint64
+	Length   uint32
+	Count    uint32
+	L4       uint32
+	Check    uint32
+	Moved    int32
+	Pad      uint32
+}
+
+type harnessPiece struct {
+	_  structs.HostLayout
+	Ns [5]uint64
+}
+
+type harnessRunState struct {
+	_         structs.HostLayout
+	Since     uint64
+	Head      int64
+	FirstTurn uint32
+	Turn      uint32
+	Next      uint32
+	Left      uint32
+	Rest      uint32
+	Piece     uint32
+	First     uint32
+	Length    uint32
+	Finished  uint32
+	Lost      uint32
+}
+
+type harnessTurn uint32
 
 const (
-	harnessTakerTAKER_PLANE       harnessTaker = 0
-	harnessTakerTAKER_NOTHING     harnessTaker = 1
-	harnessTakerTAKER_FLOOR       harnessTaker = 2
-	harnessTakerTAKER_DISTURBANCE harnessTaker = 3
-	harnessTakerTAKER_COUNT       harnessTaker = 4
+	harnessTurnTURN_TOUCH       harnessTurn = 0
+	harnessTurnTURN_NOTHING     harnessTurn = 1
+	harnessTurnTURN_FLOOR       harnessTurn = 2
+	harnessTurnTURN_DISTURBANCE harnessTurn = 3
+	harnessTurnTURN_PLANE       harnessTurn = 4
+	harnessTurnTURN_COUNT       harnessTurn = 5
 )
 
 // Names of all BPF objects in the ELF.
@@ -38,23 +71,18 @@ const (
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
 	harnessMapOrder            = "order"
+	harnessMapPieces           = "pieces"
 	harnessMapTakers           = "takers"
-	harnessProgGiveDisturbance = "give_disturbance"
-	harnessProgGiveFloor       = "give_floor"
-	harnessProgGiveNothing     = "give_nothing"
-	harnessProgGivePlane       = "give_plane"
+	harnessProgGive            = "give"
 	harnessProgTakeDisturbance = "take_disturbance"
 	harnessProgTakeFloor       = "take_floor"
 	harnessProgTakeNothing     = "take_nothing"
-	harnessVarDisturbance      = "disturbance"
-	harnessVarFrameCount       = "frame_count"
-	harnessVarFrameLength      = "frame_length"
-	harnessVarFrameNext        = "frame_next"
-	harnessVarHead             = "head"
+	harnessVarFrames           = "frames"
 	harnessVarIpv6             = "ipv6"
-	harnessVarLost             = "lost"
+	harnessVarPieceSize        = "piece_size"
 	harnessVarPosition         = "position"
-	harnessVarTemplate         = "template"
+	harnessVarRun              = "run"
+	harnessVarSettled          = "settled"
 )
 
 // loadHarness returns the embedded CollectionSpec for harness.
@@ -99,10 +127,7 @@ type harnessSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type harnessProgramSpecs struct {
-	GiveDisturbance *ebpf.ProgramSpec `ebpf:"give_disturbance"`
-	GiveFloor       *ebpf.ProgramSpec `ebpf:"give_floor"`
-	GiveNothing     *ebpf.ProgramSpec `ebpf:"give_nothing"`
-	GivePlane       *ebpf.ProgramSpec `ebpf:"give_plane"`
+	Give            *ebpf.ProgramSpec `ebpf:"give"`
 	TakeDisturbance *ebpf.ProgramSpec `ebpf:"take_disturbance"`
 	TakeFloor       *ebpf.ProgramSpec `ebpf:"take_floor"`
 	TakeNothing     *ebpf.ProgramSpec `ebpf:"take_nothing"`
@@ -113,6 +138,7 @@ type harnessProgramSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type harnessMapSpecs struct {
 	Order  *ebpf.MapSpec `ebpf:"order"`
+	Pieces *ebpf.MapSpec `ebpf:"pieces"`
 	Takers *ebpf.MapSpec `ebpf:"takers"`
 }
 
@@ -120,15 +146,12 @@ type harnessMapSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type harnessVariableSpecs struct {
-	Disturbance *ebpf.VariableSpec `ebpf:"disturbance"`
-	FrameCount  *ebpf.VariableSpec `ebpf:"frame_count"`
-	FrameLength *ebpf.VariableSpec `ebpf:"frame_length"`
-	FrameNext   *ebpf.VariableSpec `ebpf:"frame_next"`
-	Head        *ebpf.VariableSpec `ebpf:"head"`
-	Ipv6        *ebpf.VariableSpec `ebpf:"ipv6"`
-	Lost        *ebpf.VariableSpec `ebpf:"lost"`
-	Position    *ebpf.VariableSpec `ebpf:"position"`
-	Template    *ebpf.VariableSpec `ebpf:"template"`
+	Frames    *ebpf.VariableSpec `ebpf:"frames"`
+	Ipv6      *ebpf.VariableSpec `ebpf:"ipv6"`
+	PieceSize *ebpf.VariableSpec `ebpf:"piece_size"`
+	Position  *ebpf.VariableSpec `ebpf:"position"`
+	Run       *ebpf.VariableSpec `ebpf:"run"`
+	Settled   *ebpf.VariableSpec `ebpf:"settled"`
 }
 
 // harnessObjects contains all objects after they have been loaded into the kernel.
@@ -152,12 +175,14 @@ func (o *harnessObjects) Close() error {
 // It can be passed to loadHarnessObjects or ebpf.CollectionSpec.LoadAndAssign.
 type harnessMaps struct {
 	Order  *ebpf.Map `ebpf:"order"`
+	Pieces *ebpf.Map `ebpf:"pieces"`
 	Takers *ebpf.Map `ebpf:"takers"`
 }
 
 func (m *harnessMaps) Close() error {
 	return _HarnessClose(
 		m.Order,
+		m.Pieces,
 		m.Takers,
 	)
 }
@@ -166,25 +191,19 @@ func (m *harnessMaps) Close() error {
 //
 // It can be passed to loadHarnessObjects or ebpf.CollectionSpec.LoadAndAssign.
 type harnessVariables struct {
-	Disturbance *ebpf.Variable `ebpf:"disturbance"`
-	FrameCount  *ebpf.Variable `ebpf:"frame_count"`
-	FrameLength *ebpf.Variable `ebpf:"frame_length"`
-	FrameNext   *ebpf.Variable `ebpf:"frame_next"`
-	Head        *ebpf.Variable `ebpf:"head"`
-	Ipv6        *ebpf.Variable `ebpf:"ipv6"`
-	Lost        *ebpf.Variable `ebpf:"lost"`
-	Position    *ebpf.Variable `ebpf:"position"`
-	Template    *ebpf.Variable `ebpf:"template"`
+	Frames    *ebpf.Variable `ebpf:"frames"`
+	Ipv6      *ebpf.Variable `ebpf:"ipv6"`
+	PieceSize *ebpf.Variable `ebpf:"piece_size"`
+	Position  *ebpf.Variable `ebpf:"position"`
+	Run       *ebpf.Variable `ebpf:"run"`
+	Settled   *ebpf.Variable `ebpf:"settled"`
 }
 
 // harnessPrograms contains all programs after they have been loaded into the kernel.
 //
 // It can be passed to loadHarnessObjects or ebpf.CollectionSpec.LoadAndAssign.
 type harnessPrograms struct {
-	GiveDisturbance *ebpf.Program `ebpf:"give_disturbance"`
-	GiveFloor       *ebpf.Program `ebpf:"give_floor"`
-	GiveNothing     *ebpf.Program `ebpf:"give_nothing"`
-	GivePlane       *ebpf.Program `ebpf:"give_plane"`
+	Give            *ebpf.Program `ebpf:"give"`
 	TakeDisturbance *ebpf.Program `ebpf:"take_disturbance"`
 	TakeFloor       *ebpf.Program `ebpf:"take_floor"`
 	TakeNothing     *ebpf.Program `ebpf:"take_nothing"`
@@ -192,10 +211,7 @@ type harnessPrograms struct {
 
 func (p *harnessPrograms) Close() error {
 	return _HarnessClose(
-		p.GiveDisturbance,
-		p.GiveFloor,
-		p.GiveNothing,
-		p.GivePlane,
+		p.Give,
 		p.TakeDisturbance,
 		p.TakeFloor,
 		p.TakeNothing,

@@ -1,12 +1,14 @@
 package bench
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
 	"net/netip"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/cilium/ebpf"
@@ -20,11 +22,12 @@ const (
 	loopback    = 1 // a frame made by BPF_PROG_TEST_RUN comes in by the loopback device, and there all next hops are
 	ringSize    = 65537
 	backends    = 12
-	resting     = 4 // backends that go and come back: a third of them
+	groups      = 3 // of backends, that are restarted one after the other
 	firstPort   = 1024
 	lastPort    = 32767 // of source ports: what Linux' own range leaves
 	lowestPort  = 1024  // of clients
 	servicePort = 443
+	rewritten   = 8443    // port of backends by methods that give packets another
 	capacity    = 1 << 20 // of the connection table, unless more is wanted: the default of the configuration
 )
 
@@ -38,7 +41,7 @@ var (
 	confirming  = segment{flags: flagACK, sequence: 1001, ack: 5001}
 	talking     = segment{flags: flagPSH | flagACK, sequence: 1001, ack: 5101, payload: 32}
 	talkingBack = segment{flags: flagPSH | flagACK, sequence: 5101, ack: 1033, payload: 32}
-	datagram    = segment{udp: true, payload: 32}
+	datagram    = segment{protocol: unix.IPPROTO_UDP, payload: 32}
 )
 
 var (
@@ -47,11 +50,42 @@ var (
 	outward  = hop{to: mac{2, 0xc1, 0, 0, 0, 1}, from: mac{2, 0xed, 0, 0, 0, 1}} // from us to clients
 )
 
+// setting is what a configuration has of one service.
+type setting struct {
+	method   maps.Method
+	protocol uint8
+	ipv6     bool // clients and service
+	outer6   bool // backends; another family than the clients' in tunnels alone
+}
+
+func (s setting) family() Family { return familyOf(s.ipv6) }
+
+func familyOf(ipv6 bool) Family {
+	if ipv6 {
+		return IPv6
+	}
+	return IPv4
+}
+
+func (s setting) tunnels() bool { return s.method == maps.MethodIPIP || s.method == maps.MethodGUE }
+
+func (s setting) udp() bool { return s.protocol == unix.IPPROTO_UDP }
+
+func (s setting) String() string {
+	text := fmt.Sprintf("%v, %s", s.method, s.family())
+	if s.tunnels() {
+		text += " in " + string(familyOf(s.outer6))
+	}
+	if s.udp() {
+		text += ", udp"
+	}
+	return text
+}
+
 // plane is the real programs and maps under the real map manager, attached nowhere and pinned nowhere, with one service
 // of one method. The harness gives it its frames.
 type plane struct {
-	method  maps.Method
-	ipv6    bool
+	setting
 	random  *rand.Rand
 	objects bpf.FairleadObjects
 	manager *maps.Manager
@@ -60,23 +94,27 @@ type plane struct {
 	service     netip.AddrPort
 	id          uint32 // of the service
 	sources     []maps.WantedSource
+	tunnel      netip.Prefix
 	inventory   *maps.Inventory
 	halfOpen    int // capacity of the half-open table
 	established []netip.AddrPort
+	exceptions  int              // of them, on another backend than their slot's
 	strangers   []netip.AddrPort // clients of no connection yet
-	floors      []float64        // of all runs so far, net of the harness
+	repeated    map[int]bool     // by how many bytes frames grew of which several were looked at in a row
 }
 
-// newPlane loads a data plane for so many connections as a configuration with this one service has it.
-func newPlane(method maps.Method, ipv6 bool, connections, halfOpen int, seed uint64) (_ *plane, err error) {
-	p := &plane{method: method, ipv6: ipv6, random: rand.New(rand.NewPCG(seed, 0))}
+// newPlane loads a data plane for so many connections as a configuration with this one service has it, and a harness for
+// runs of so many repeats.
+func newPlane(of setting, connections, halfOpen, repeats int, seed uint64) (_ *plane, err error) {
+	p := &plane{setting: of, random: rand.New(rand.NewPCG(seed, 0)), repeated: make(map[int]bool)}
 	spec, err := bpf.LoadFairlead()
 	if err != nil {
 		return nil, fmt.Errorf("read the compiled programs: %w", err)
 	}
-	for _, m := range spec.Maps {
+	for name, m := range spec.Maps {
 		m.Pinning = ebpf.PinNone
-		if m.Type == ebpf.LRUHash {
+		if slices.Contains([]string{bpf.FairleadMapHalfOpen4, bpf.FairleadMapHalfOpen6, bpf.FairleadMapHalfReplies4,
+			bpf.FairleadMapHalfReplies6}, name) {
 			if halfOpen > 0 {
 				m.MaxEntries = uint32(halfOpen)
 			}
@@ -90,10 +128,14 @@ func newPlane(method maps.Method, ipv6 bool, connections, halfOpen int, seed uin
 		spec.Maps[name].MaxEntries = room
 	}
 	for name, value := range map[string]any{
-		bpf.FairleadVarUseIpv4:            truth(!ipv6),
-		bpf.FairleadVarUseIpv6:            truth(ipv6),
-		bpf.FairleadVarUseFullnat:         truth(method == maps.MethodFullNAT),
-		bpf.FairleadVarUseDsr:             truth(method == maps.MethodDSR),
+		bpf.FairleadVarUseIpv4:            truth(!p.ipv6),
+		bpf.FairleadVarUseIpv6:            truth(p.ipv6),
+		bpf.FairleadVarUseFullnat:         truth(p.method == maps.MethodFullNAT),
+		bpf.FairleadVarUseNat:             truth(p.method == maps.MethodNAT),
+		bpf.FairleadVarUseDsr:             truth(p.method == maps.MethodDSR),
+		bpf.FairleadVarUseTunnel:          truth(p.tunnels()),
+		bpf.FairleadVarUseTcp:             truth(!p.udp()),
+		bpf.FairleadVarUseUdp:             truth(p.udp()),
 		bpf.FairleadVarUseAffinityClient:  truth(false),
 		bpf.FairleadVarConnectionCapacity: room,
 		bpf.FairleadVarYoungBudget:        room / 8,
@@ -117,7 +159,7 @@ func newPlane(method maps.Method, ipv6 bool, connections, halfOpen int, seed uin
 	if err != nil {
 		return nil, err
 	}
-	if p.harness, err = newHarness(ipv6, max(connections, p.newcomers(), bystander), p.objects.Fairlead,
+	if p.harness, err = newHarness(p.ipv6, max(connections, p.newcomers(), bystander), repeats, p.objects.Fairlead,
 		spec.Programs[bpf.FairleadProgFairlead]); err != nil {
 		return nil, err
 	}
@@ -156,9 +198,9 @@ func truth(b bool) uint8 {
 func (p *plane) newcomers() int { return 2 * p.halfOpen }
 
 // address is one of the host part's bits in a network of its own: each kind of peer has one.
-func (p *plane) address(network byte, number int) netip.Addr {
+func address(ipv6 bool, network byte, number int) netip.Addr {
 	b := [4]byte{byte(number >> 24), byte(number >> 16), byte(number >> 8), byte(number)}
-	if p.ipv6 {
+	if ipv6 {
 		return netip.AddrFrom16([16]byte{0: 0x20, 1: 0x01, 2: 0x0d, 3: 0xb8, 5: network,
 			12: b[0], 13: b[1], 14: b[2], 15: b[3]})
 	}
@@ -174,21 +216,28 @@ const (
 	sourceNetwork  = 11
 )
 
-func (p *plane) client(number int) netip.Addr { return p.address(clientNetwork, 64<<16+number) }
+func (p *plane) client(number int) netip.Addr { return address(p.ipv6, clientNetwork, 64<<16+number) }
+
+// elsewhere is an address that is nothing to us, beside the service's.
+func (p *plane) elsewhere() netip.Addr { return p.service.Addr().Next() }
 
 // serve configures the service.
 func (p *plane) serve(connections int) error {
-	p.service = netip.AddrPortFrom(p.address(serviceNetwork, 2<<8+10), servicePort)
+	p.service = netip.AddrPortFrom(address(p.ipv6, serviceNetwork, 2<<8+10), servicePort)
 	if p.method == maps.MethodFullNAT {
 		// Half-open connections keep their ports until the table has forgotten them.
 		ports := (connections + 3*p.halfOpen) * 10 / 9
 		for i := range ports/(backends*(lastPort-firstPort+1)) + 1 {
 			p.sources = append(p.sources, maps.WantedSource{
-				Address: p.address(sourceNetwork, 1+i), First: firstPort, Last: lastPort,
+				Address: address(p.outer6, sourceNetwork, 1+i), First: firstPort, Last: lastPort,
 			})
 		}
 	}
-	if err := p.apply(0); err != nil {
+	if p.tunnels() {
+		from := address(p.outer6, sourceNetwork, 1<<16)
+		p.tunnel = netip.PrefixFrom(from, from.BitLen()-16)
+	}
+	if err := p.apply(nobody); err != nil {
 		return err
 	}
 	var err error
@@ -199,19 +248,25 @@ func (p *plane) serve(connections int) error {
 	return nil
 }
 
-// apply configures the service with so many of its backends at rest: they take no new connections.
+// nobody is no group of backends.
+const nobody = -1
+
+// apply configures the service with one group of its backends at rest: they take no new connections.
 func (p *plane) apply(atRest int) error {
 	wanted := maps.WantedService{
-		Name: "bench", Address: p.service.Addr(), Port: p.service.Port(), Protocol: unix.IPPROTO_TCP, RingSize: ringSize,
+		Name: "bench", Keys: []netip.AddrPort{p.service}, Protocol: p.protocol, RingSize: ringSize,
 		IdleTimeout: 24 * time.Hour,
 	}
 	hops := make(map[netip.Addr]maps.NextHop)
 	for i := range backends {
 		b := maps.WantedBackend{
-			Name: fmt.Sprintf("backend%d", i), Address: p.address(backendNetwork, 1+i), Port: servicePort, Method: p.method,
-			Weight: 1, Sources: p.sources,
+			Name: fmt.Sprintf("backend%d", i), Address: address(p.outer6, backendNetwork, 1+i), Port: servicePort,
+			Method: p.method, Weight: 1, Sources: p.sources, Tunnel: p.tunnel,
 		}
-		if i < atRest {
+		if !p.method.Stateless() {
+			b.Port = rewritten
+		}
+		if i%groups == atRest {
 			b.Weight = 0
 		}
 		wanted.Backends = append(wanted.Backends, b)
@@ -259,31 +314,92 @@ func (c counts) times(n uint64) counts {
 	return c
 }
 
-// verdicts are all verdicts given so far.
-func (p *plane) verdicts() (c counts, err error) {
-	totals, err := p.manager.Set().Counters.Totals()
-	copy(c[:], totals.Verdicts)
-	return c, err
+// tally is what the data plane counts.
+type tally struct {
+	verdicts         counts
+	service, servers maps.Traffic // of the service, and of its backends together
 }
 
-// counted does something and compares the verdicts given meanwhile with those expected.
-func (p *plane) counted(expected counts, do func() error) error {
-	before, err := p.verdicts()
+// expected is what it counts of frames of one length that meet these verdicts.
+func expected(verdicts counts, length int) (t tally) {
+	t.verdicts = verdicts
+	for verdict, n := range verdicts {
+		bytes := n * uint64(length)
+		switch kind, _, _ := strings.Cut(bpf.VerdictNames()[verdict], "_"); kind {
+		case "forward":
+			t.service.Packets += n
+			t.service.Bytes += bytes
+		case "reply":
+			t.service.ReplyPackets += n
+			t.service.ReplyBytes += bytes
+		}
+	}
+	t.service.Connections = verdicts[bpf.FairleadVerdictFORWARD_NEW]
+	t.servers = t.service
+	t.service.Refused = verdicts[bpf.FairleadVerdictRESET_UNKNOWN]
+	return t
+}
+
+func (t *tally) add(o tally, sign uint64) {
+	for verdict := range t.verdicts {
+		t.verdicts[verdict] += sign * o.verdicts[verdict]
+	}
+	addTraffic(&t.service, o.service, sign)
+	addTraffic(&t.servers, o.servers, sign)
+}
+
+func addTraffic(t *maps.Traffic, o maps.Traffic, sign uint64) {
+	t.Packets += sign * o.Packets
+	t.Bytes += sign * o.Bytes
+	t.Connections += sign * o.Connections
+	t.Refused += sign * o.Refused
+	t.ReplyPackets += sign * o.ReplyPackets
+	t.ReplyBytes += sign * o.ReplyBytes
+}
+
+// tally is all that the data plane has counted so far.
+func (p *plane) tally() (t tally, err error) {
+	counters := p.manager.Set().Counters
+	totals, err := counters.Totals()
+	if err != nil {
+		return t, err
+	}
+	copy(t.verdicts[:], totals.Verdicts)
+	if t.service, err = counters.Service(p.id); err != nil {
+		return t, err
+	}
+	for _, b := range p.inventory.Backends {
+		traffic, err := counters.Backend(b.ID)
+		if err != nil {
+			return t, err
+		}
+		addTraffic(&t.servers, traffic, 1)
+	}
+	return t, nil
+}
+
+// counted does something and compares what the data plane counted meanwhile with what it should: frames of one length
+// that meet these verdicts.
+func (p *plane) counted(verdicts counts, length int, do func() error) error {
+	before, err := p.tally()
 	if err != nil {
 		return err
 	}
 	if err := do(); err != nil {
 		return err
 	}
-	given, err := p.verdicts()
+	given, err := p.tally()
 	if err != nil {
 		return err
 	}
-	for verdict := range given {
-		given[verdict] -= before[verdict]
+	given.add(before, ^uint64(0))
+	want := expected(verdicts, length)
+	if given.verdicts != want.verdicts {
+		return fmt.Errorf("verdicts given: %v; expected: %v", given.verdicts, want.verdicts)
 	}
-	if given != expected {
-		return fmt.Errorf("verdicts given: %v; expected: %v", given, expected)
+	if given != want {
+		return fmt.Errorf("counted for the service: %+v, for its backends: %+v; expected: %+v, %+v", given.service,
+			given.servers, want.service, want.servers)
 	}
 	return nil
 }
@@ -295,78 +411,152 @@ func all(verdict bpf.FairleadVerdict, n int) (c counts) {
 }
 
 // once gives the program each frame of a template once.
-func (p *plane) once(template frame, paths []path, expected counts) error {
+func (p *plane) once(s segment, at hop, paths []path, verdict bpf.FairleadVerdict) error {
+	template := newFrame(at, paths[0].from, paths[0].to, s)
 	if err := p.harness.load(template, paths); err != nil {
 		return err
 	}
-	return p.counted(expected, func() error {
-		_, err := p.harness.time(p.harness.GivePlane, 1)
-		return err
-	})
+	return p.counted(all(verdict, len(paths)), len(template.bytes), func() error { return p.harness.give(1) })
 }
 
 // establish opens connections until there are so many, by the handshakes of real ones: what the tables then hold is what
-// the program wrote, whatever it looks like.
-func (p *plane) establish(connections int) error {
-	for len(p.established) < connections {
-		// A quarter of the half-open table at a time: it forgets nobody.
-		n := min(connections-len(p.established), p.halfOpen/4)
-		clients := p.strangers[:n]
-		if err := p.handshakes(clients); err != nil {
-			return fmt.Errorf("establish connections %d to %d: %w", len(p.established)+1, len(p.established)+n, err)
+// the program wrote, whatever it looks like. Restarting: meanwhile one group of backends after the other is restarted.
+func (p *plane) establish(connections int, restarting bool) error {
+	missing := connections - len(p.established)
+	if !restarting {
+		if err := p.open(missing); err != nil {
+			return err
 		}
-		p.strangers = p.strangers[n:]
-		p.established = append(p.established, clients...)
+	}
+	for group := 0; restarting && group < groups; group++ {
+		if err := errors.Join(p.apply(group), p.open((missing+group)/groups)); err != nil {
+			return err
+		}
+	}
+	if err := p.apply(nobody); err != nil {
+		return err
 	}
 	if have := p.manager.Set().Control.Connections(); have != int64(connections) {
 		return fmt.Errorf("the connection table holds %d connections: it should %d", have, connections)
 	}
-	// With the epoch, the exception bits of handshakes end.
-	return p.manager.Turn()
+	// With the epoch, the exception bits of handshakes and of what was restarted end.
+	if err := p.manager.Turn(); err != nil {
+		return err
+	}
+	var err error
+	p.exceptions, err = p.elsewhereThanRing()
+	return err
 }
 
+// open opens so many connections.
+func (p *plane) open(connections int) error {
+	for connections > 0 {
+		// A quarter of the half-open table at a time: it forgets nobody.
+		n := min(connections, p.halfOpen/4)
+		clients := p.strangers[:n]
+		handshakes := p.handshakes
+		if p.udp() {
+			handshakes = p.exchanges
+		}
+		if err := handshakes(clients); err != nil {
+			return fmt.Errorf("establish connections %d to %d: %w", len(p.established)+1, len(p.established)+n, err)
+		}
+		p.strangers = p.strangers[n:]
+		p.established = append(p.established, clients...)
+		connections -= n
+	}
+	return nil
+}
+
+// handshakes are of TCP.
 func (p *plane) handshakes(clients []netip.AddrPort) error {
-	paths, n := p.inwards(clients), len(clients)
-	if err := p.once(p.template(opening, paths), paths, all(bpf.FairleadVerdictFORWARD_NEW, n)); err != nil {
+	paths := p.inwards(clients)
+	if err := p.once(opening, inward, paths, bpf.FairleadVerdictFORWARD_NEW); err != nil {
 		return fmt.Errorf("SYN: %w", err)
 	}
-	if p.method == maps.MethodFullNAT {
-		var replies []path
-		if err := p.manager.Set().HalfOpen.Walk(func(h *maps.HalfOpenConnection) error {
-			r, err := p.replyPath(h.Backend, h.Source, h.SourcePort)
-			replies = append(replies, r)
-			return err
-		}); err != nil {
-			return err
-		}
-		if err := p.once(newFrame(backward, replies[0].from, replies[0].to, answer), replies,
-			all(bpf.FairleadVerdictREPLY_HALF_OPEN, n)); err != nil {
-			return fmt.Errorf("SYN-ACK: %w", err)
-		}
+	if err := p.answered(answer); err != nil {
+		return fmt.Errorf("SYN-ACK: %w", err)
 	}
-	if err := p.once(p.template(confirming, paths), paths, all(bpf.FairleadVerdictFORWARD_HALF_OPEN, n)); err != nil {
+	if err := p.once(confirming, inward, paths, bpf.FairleadVerdictFORWARD_HALF_OPEN); err != nil {
 		return fmt.Errorf("ACK: %w", err)
 	}
-	if err := p.once(p.template(talking, paths), paths, all(bpf.FairleadVerdictFORWARD_TABLE, n)); err != nil {
+	if err := p.once(talking, inward, paths, bpf.FairleadVerdictFORWARD_TABLE); err != nil {
 		return fmt.Errorf("first segment: %w", err)
 	}
 	return nil
 }
 
-// replyPath is the way of a backend's packets to one of our source addresses and ports.
-func (p *plane) replyPath(backend, source uint32, port uint16) (path, error) {
-	b, ok := p.inventory.Backend(backend)
-	i := slices.IndexFunc(p.inventory.Sources, func(s maps.Source) bool { return s.ID == source })
-	if !ok || i < 0 {
-		return path{}, fmt.Errorf("backend %d or source address %d is not in the maps", backend, source)
+// udpProof is how long a client of UDP whose replies aren't seen has to go on sending: once to be confirmed, and as long
+// again to be taken for more than young.
+const udpProof = time.Second
+
+// exchanges are what UDP has for handshakes.
+func (p *plane) exchanges(clients []netip.AddrPort) error {
+	paths := p.inwards(clients)
+	if err := p.once(datagram, inward, paths, bpf.FairleadVerdictFORWARD_NEW); err != nil {
+		return fmt.Errorf("first datagram: %w", err)
 	}
-	return path{netip.AddrPortFrom(b.Address, b.Port), netip.AddrPortFrom(p.inventory.Sources[i].Address, port)}, nil
+	if err := p.answered(datagram); err != nil {
+		return fmt.Errorf("reply: %w", err)
+	}
+	if p.method.Stateless() {
+		begun := maps.Now()
+		passed(begun, maps.Ticks(udpProof)+1)
+		if err := p.once(datagram, inward, paths, bpf.FairleadVerdictFORWARD_HALF_OPEN); err != nil {
+			return fmt.Errorf("datagram after a while: %w", err)
+		}
+		passed(begun, 2*maps.Ticks(udpProof)+1)
+	}
+	if err := p.once(datagram, inward, paths, bpf.FairleadVerdictFORWARD_TABLE); err != nil {
+		return fmt.Errorf("last datagram: %w", err)
+	}
+	return nil
+}
+
+// passed returns when the data plane's clock stands so many ticks behind a moment.
+func passed(since, ticks uint32) {
+	for maps.Now()-since < ticks {
+		time.Sleep(time.Duration(ticks-(maps.Now()-since)) * maps.Tick)
+	}
+}
+
+// answered lets the backends answer all who are half-open, where replies pass here.
+func (p *plane) answered(s segment) error {
+	if p.method.Stateless() {
+		return nil
+	}
+	var replies []path
+	if err := p.manager.Set().HalfOpen.Walk(func(h *maps.HalfOpenConnection) error {
+		r, err := p.replyPath(h.Backend, h.Source, h.SourcePort, h.Tuple.Source)
+		replies = append(replies, r)
+		return err
+	}); err != nil {
+		return err
+	}
+	return p.once(s, backward, replies, bpf.FairleadVerdictREPLY_HALF_OPEN)
+}
+
+// replyPath is the way of a backend's packets: to one of our source addresses and ports, or by nat to the client.
+func (p *plane) replyPath(backend, source uint32, port uint16, client netip.AddrPort) (path, error) {
+	b, ok := p.inventory.Backend(backend)
+	if !ok {
+		return path{}, fmt.Errorf("backend %d is not in the maps", backend)
+	}
+	from := netip.AddrPortFrom(b.Address, b.Port)
+	if p.method == maps.MethodNAT {
+		return path{from, client}, nil
+	}
+	i := slices.IndexFunc(p.inventory.Sources, func(s maps.Source) bool { return s.ID == source })
+	if i < 0 {
+		return path{}, fmt.Errorf("source address %d is not in the maps", source)
+	}
+	return path{from, netip.AddrPortFrom(p.inventory.Sources[i].Address, port)}, nil
 }
 
 // replies are the ways back of all connections, and the clients to whom they lead.
 func (p *plane) replies() (paths []path, clients []netip.AddrPort, err error) {
 	err = p.manager.Set().Connections.Walk(func(c *maps.Connection) error {
-		r, err := p.replyPath(c.Backend, c.Source, c.SourcePort)
+		r, err := p.replyPath(c.Backend, c.Source, c.SourcePort, c.Tuple.Source)
 		paths, clients = append(paths, r), append(clients, c.Tuple.Source)
 		return err
 	})
@@ -374,11 +564,11 @@ func (p *plane) replies() (paths []path, clients []netip.AddrPort, err error) {
 }
 
 func (p *plane) tuple(client netip.AddrPort) maps.Tuple {
-	return maps.Tuple{Source: client, Destination: p.service, Protocol: unix.IPPROTO_TCP}
+	return maps.Tuple{Source: client, Destination: p.service, Protocol: p.protocol}
 }
 
-// exceptions is how many connections are not where the ring would send them.
-func (p *plane) exceptions() (n int, err error) {
+// elsewhereThanRing is how many connections are not where the ring would send them.
+func (p *plane) elsewhereThanRing() (n int, err error) {
 	ring, err := p.manager.Set().Ring(p.id)
 	if err != nil {
 		return 0, err
@@ -445,17 +635,32 @@ func (p *plane) forwarded(in frame, client netip.AddrPort) (frame, error) {
 	if !ok {
 		return frame{}, fmt.Errorf("backend %d is not in the maps", backend)
 	}
-	out := in.clone()
-	out.setHop(hop{b.NextHop.MAC, b.NextHop.SourceMAC})
+	out, at := in.clone(), hop{b.NextHop.MAC, b.NextHop.SourceMAC}
+	out.setHop(at)
 	out.decrementTTL()
-	if p.method == maps.MethodFullNAT {
-		back, err := p.replyPath(backend, source, port)
+	switch {
+	case p.tunnels():
+		hash := tuple.Hash()
+		return out.inside(at, p.outerSource(hash), b.Address, p.method == maps.MethodGUE, hash), nil
+	case !p.method.Stateless():
+		back, err := p.replyPath(backend, source, port, client)
 		if err != nil {
 			return frame{}, err
 		}
 		out.setEnds(back.to, back.from)
-	} else {
-		out.setEnds(client, p.service)
 	}
 	return out, nil
+}
+
+// outerSource is the source address that a tunnel's packets of one connection have: the low bits of the hash, as they lie
+// in memory, fill what the prefix leaves.
+func (p *plane) outerSource(hash uint64) netip.Addr {
+	b := p.tunnel.Masked().Addr().AsSlice()
+	last := b[len(b)-4:]
+	mask := uint32(1)<<(p.tunnel.Addr().BitLen()-p.tunnel.Bits()) - 1
+	var varies [4]byte
+	binary.NativeEndian.PutUint32(varies[:], uint32(hash))
+	binary.BigEndian.PutUint32(last, binary.BigEndian.Uint32(last)|binary.BigEndian.Uint32(varies[:])&mask)
+	source, _ := netip.AddrFromSlice(b)
+	return source
 }

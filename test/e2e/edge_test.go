@@ -1,13 +1,17 @@
 package e2e
 
 import (
+	"cmp"
 	"context"
+	"flag"
 	"fmt"
 	"log/slog"
 	"net/netip"
 	"os"
 	"os/signal"
 	"path/filepath"
+	"runtime"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -15,6 +19,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"fairlead/bpf"
 	"fairlead/loader"
 	"fairlead/maps"
 	"fairlead/test/lab"
@@ -28,7 +33,18 @@ func TestMain(m *testing.M) {
 	if path := os.Getenv(daemonVariable); path != "" {
 		os.Exit(runDaemon(path))
 	}
-	os.Exit(m.Run())
+	flag.Parse()
+	// Forms wait more than they work: for epochs, timeouts, each other. Where nobody says otherwise, more run than CPUs are there.
+	chosen := false
+	flag.Visit(func(f *flag.Flag) { chosen = chosen || f.Name == "test.parallel" })
+	if !chosen {
+		flag.Set("test.parallel", fmt.Sprint(2*runtime.NumCPU()))
+	}
+	code := m.Run()
+	if scratchMade != "" {
+		os.RemoveAll(scratchMade)
+	}
+	os.Exit(code)
 }
 
 // runDaemon is the real daemon, in a process of its own so that it can be killed.
@@ -55,16 +71,23 @@ type backend struct {
 	weight  int
 }
 
-// service is the configuration of the one service that most tests have.
+// service is the configuration of a service.
 type service struct {
 	address  netip.Addr
 	port     uint16
+	protocol string // default tcp
 	method   string
 	extra    []string // further lines
 	backends []backend
 }
 
 func (s service) addrPort() netip.AddrPort { return netip.AddrPortFrom(s.address, s.port) }
+
+// at is the same service elsewhere.
+func (s service) at(protocol string, port uint16, extra ...string) service {
+	s.protocol, s.port, s.extra = protocol, port, slices.Concat(s.extra, extra)
+	return s
+}
 
 // edge is a Fairlead on the edge of a topology: its configuration, its process, its maps.
 type edge struct {
@@ -80,9 +103,14 @@ type edge struct {
 
 func newEdge(t *testing.T, topo *lab.Topology, global ...string) *edge {
 	t.Helper()
+	return newEdgeOn(t, topo.Edge, global...)
+}
+
+func newEdgeOn(t *testing.T, node *lab.Node, global ...string) *edge {
+	t.Helper()
 	e := &edge{
-		t: t, node: topo.Edge, config: filepath.Join(t.TempDir(), "fairlead.yaml"),
-		pinPath: "/sys/fs/bpf/fairlead-test-" + topo.Prefix(), global: global,
+		t: t, node: node, config: filepath.Join(t.TempDir(), "fairlead.yaml"),
+		pinPath: "/sys/fs/bpf/fairlead-test-" + node.Namespace(), global: global,
 	}
 	e.unload()
 	t.Cleanup(func() {
@@ -117,7 +145,8 @@ func (e *edge) write(services ...service) {
 	fmt.Fprintf(&b, "control: {socket: %s/control.sock, http: \"\"}\nstate_dir: %s\nservices:\n",
 		filepath.Dir(e.config), filepath.Dir(e.config))
 	for i, s := range services {
-		fmt.Fprintf(&b, "- name: service%d\n  address: %q\n  port: %d\n  method: %s\n", i, s.address, s.port, s.method)
+		fmt.Fprintf(&b, "- name: service%d\n  address: %q\n  port: %d\n  protocol: %s\n  method: %s\n", i, s.address, s.port,
+			cmp.Or(s.protocol, "tcp"), s.method)
 		for _, line := range s.extra {
 			fmt.Fprintf(&b, "  %s\n", line)
 		}
@@ -152,20 +181,56 @@ func (e *edge) log() string {
 	return string(b)
 }
 
+// story is what failures tell: the daemon's log, and what the data plane has counted.
+func (e *edge) story() string {
+	story := "the daemon's log:\n" + e.log()
+	raw, closer, err := loader.OpenMaps(e.pinPath)
+	if err != nil {
+		return story
+	}
+	defer closer.Close()
+	set, err := maps.NewSet(raw)
+	if err != nil {
+		return story
+	}
+	defer set.Close()
+	totals, err := set.Counters.Totals()
+	if err != nil {
+		return story
+	}
+	story += "the counts:"
+	for _, list := range []struct {
+		names  []string
+		counts []uint64
+	}{{bpf.VerdictNames(), totals.Verdicts}, {bpf.EventNames(), totals.Events}} {
+		for i, n := range list.counts {
+			if n > 0 {
+				story += fmt.Sprintf(" %s %d", list.names[i], n)
+			}
+		}
+	}
+	return story
+}
+
 // until waits for a condition; when it does not come true, the daemon's log is shown.
 func (e *edge) until(what string, ok func() bool) {
 	e.t.Helper()
-	for deadline := time.Now().Add(30 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+	e.within(30*time.Second, what, ok)
+}
+
+func (e *edge) within(patience time.Duration, what string, ok func() bool) {
+	e.t.Helper()
+	for deadline := time.Now().Add(patience); ; time.Sleep(20 * time.Millisecond) {
 		if ok() {
 			return
 		}
 		select {
 		case <-e.process.Done():
-			e.t.Fatalf("wait until %s: the daemon has ended:\n%s", what, e.log())
+			e.t.Fatalf("wait until %s: the daemon has ended: %s", what, e.story())
 		default:
 		}
 		if time.Now().After(deadline) {
-			e.t.Fatalf("wait until %s: not within 30 s; the daemon's log:\n%s", what, e.log())
+			e.t.Fatalf("wait until %s: not within %v; %s", what, patience, e.story())
 		}
 	}
 }
@@ -205,4 +270,36 @@ func (e *edge) open() *maps.Set {
 		closer.Close()
 	})
 	return set
+}
+
+// count is how often a verdict was given or an event happened since the maps were made, by its name.
+func (e *edge) count(set *maps.Set, name string) uint64 {
+	e.t.Helper()
+	totals, err := set.Counters.Totals()
+	if err != nil {
+		e.t.Fatal(err)
+	}
+	if i := slices.Index(bpf.VerdictNames(), name); i >= 0 {
+		return totals.Verdicts[i]
+	}
+	if i := slices.Index(bpf.EventNames(), name); i >= 0 {
+		return totals.Events[i]
+	}
+	e.t.Fatalf("no verdict and no event is called %s", name)
+	return 0
+}
+
+// countAll is the sum of all verdicts whose names begin so.
+func (e *edge) countAll(set *maps.Set, prefix string) (sum uint64) {
+	e.t.Helper()
+	totals, err := set.Counters.Totals()
+	if err != nil {
+		e.t.Fatal(err)
+	}
+	for i, name := range bpf.VerdictNames() {
+		if strings.HasPrefix(name, prefix) {
+			sum += totals.Verdicts[i]
+		}
+	}
+	return sum
 }

@@ -2,9 +2,11 @@ package e2e
 
 import (
 	"context"
+	"fmt"
 	"net"
 	"net/netip"
 	"os"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -27,11 +29,11 @@ type chatting struct {
 	opened  int
 }
 
-func mustChat(t *testing.T, prefix, method string, backends, connections int) *chatting {
+func mustChat(t *testing.T, method string, backends, connections int) *chatting {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	t.Cleanup(cancel)
-	topo, s := mustTopology(t, lab.TwoArm, prefix, method, false, backends, lab.Options{})
+	topo, s := mustTopology(t, lab.TwoArm, form{method, 4, 4}, backends, lab.Options{})
 	for _, b := range topo.Backends() {
 		mustServe(t, b)
 	}
@@ -98,7 +100,7 @@ func (c *chatting) inventory(set *maps.Set) *maps.Inventory {
 
 // TestReload: a bad file changes nothing and says where and what; a good one takes effect whole.
 func TestReload(t *testing.T) {
-	c := mustChat(t, "e2ereload", "dsr", 2, 100)
+	c := mustChat(t, "dsr", 2, 100)
 	set := c.edge.open()
 
 	if err := os.WriteFile(c.config, []byte("services:\n- name: x\n  adress: 192.0.2.10\n"), 0o644); err != nil {
@@ -169,10 +171,76 @@ func (c *chatting) attachments() (list []loader.Attachment) {
 	return list
 }
 
+// TestLeaving: a service that leaves the configuration keeps its connections. Who comes new is refused at once: by RST, and
+// by ICMP where there is none.
+func TestLeaving(t *testing.T) {
+	t.Parallel()
+	for _, what := range []kind{websockets, udpFlows} {
+		for _, f := range []form{{"nat", 4, 4}, {"fullnat", 6, 6}, {"ipip", 6, 4}} {
+			t.Run(what.name+"/"+f.String(), func(t *testing.T) {
+				t.Parallel()
+				testLeaving(t, what, f)
+			})
+		}
+	}
+}
+
+func testLeaving(t *testing.T, what kind, f form) {
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+	defer cancel()
+	topo, s := mustTopology(t, lab.OneArm, f, 2, lab.Options{Masquerade: true})
+	s = what.of(s)
+	for _, b := range topo.Backends() {
+		what.serve(t, b)
+	}
+	e := newEdge(t, topo, interfacesOf(topo), "xdp: native", "epoch: 500ms")
+	// The other is of the other protocol, at the same address and port.
+	other := s
+	other.protocol, other.extra = map[string]string{"tcp": "udp", "udp": "tcp"}[s.protocol], slices.DeleteFunc(slices.Clone(s.extra),
+		func(line string) bool { return strings.HasPrefix(line, "idle_timeout") })
+	e.write(s, other)
+	e.start()
+	start := func() *talk {
+		t.Helper()
+		clients, err := what.start(topo.Clients)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return &talk{edge: e, talkers: clients, kind: what, topo: topo, service: s, ctx: ctx}
+	}
+	old, late := start(), start()
+	old.openMore(60)
+	if err := old.Chatter(ctx, lab.ChatterOptions{Rate: 1000}); err != nil {
+		t.Fatal(err)
+	}
+	set := e.open()
+	e.until("the connections are confirmed", func() bool { return int(set.Control.Connections()) == old.opened })
+	e.reload(other)
+	old.echoes("after the service left")
+	const attempts = 20
+	before, began := e.count(set, "reset_leaving"), time.Now()
+	err := late.Open(ctx, lab.OpenOptions{
+		Target: s.addrPort(), Sources: topo.ClientAddresses(s.address), Count: attempts, Parallel: 1,
+	})
+	if !allRefused(err, attempts) {
+		t.Errorf("open %d %s of a service that left: %v, want all refused\n%s", attempts, what.name, err, e.story())
+	}
+	if n := e.count(set, "reset_leaving") - before; n != attempts {
+		t.Errorf("%d refusals are counted as reset_leaving, want %d", n, attempts)
+	}
+	t.Logf("%d were refused in %v", attempts, time.Since(began).Round(time.Millisecond))
+	old.echoes("at last")
+}
+
+// allRefused tells whether an error of lab's Open says that each of n connections was refused.
+func allRefused(err error, n int) bool {
+	return err != nil && strings.Contains(err.Error(), fmt.Sprintf("%d of %[1]d", n)) && strings.Contains(err.Error(), "refused")
+}
+
 // TestNeighbors: a backend whose Ethernet address changes is followed; one without a neighbour is said so, gets no new
 // connections, and gets them again when it is there.
 func TestNeighbors(t *testing.T) {
-	c := mustChat(t, "e2eneigh", "dsr", 2, 60)
+	c := mustChat(t, "dsr", 2, 60)
 	set := c.edge.open()
 	b := c.topo.Backends()[0]
 	if err := b.Do(func() error {
@@ -224,7 +292,7 @@ func TestNeighbors(t *testing.T) {
 // TestDefaultInterfaces: nobody names an interface. Those towards backends and those of default routes are found, and they
 // stay as long as living connections may need them.
 func TestDefaultInterfaces(t *testing.T) {
-	topo, s := mustTopology(t, lab.TwoArm, "e2eifaces", "fullnat", false, 2, lab.Options{})
+	topo, s := mustTopology(t, lab.TwoArm, form{"fullnat", 4, 4}, 2, lab.Options{})
 	for _, b := range topo.Backends() {
 		mustServe(t, b)
 	}

@@ -3,9 +3,7 @@ package e2e
 import (
 	"context"
 	"flag"
-	"fmt"
 	"math"
-	"net/netip"
 	"slices"
 	"testing"
 	"time"
@@ -13,182 +11,217 @@ import (
 	"fairlead/test/lab"
 )
 
-var connections = flag.Int("connections", 1500, "WebSockets of each form of TestWebSockets")
+var (
+	connections = flag.Int("connections", 300, "WebSockets of each form of TestWebSockets")
+	flows       = flag.Int("flows", 200, "UDP flows of each form of TestFlows")
+)
 
-const websocketPort = 8000
+const (
+	websocketPort = 8000
+	flowPort      = 4433
+)
 
 // TestWebSockets is the promise on real WebSockets, with real packets through the kernel: a backend comes, a backend goes,
 // the daemon is killed and started again while messages flow; no connection breaks, none moves.
 func TestWebSockets(t *testing.T) {
-	for _, form := range []struct{ prefix, method, family string }{
-		{"e2enat4", "fullnat", "IPv4"}, {"e2enat6", "fullnat", "IPv6"}, {"e2edsr4", "dsr", "IPv4"}, {"e2edsr6", "dsr", "IPv6"},
-	} {
-		t.Run(form.method+"/"+form.family, func(t *testing.T) {
-			testWebSockets(t, form.prefix, form.method, form.family == "IPv6")
+	t.Parallel()
+	for _, f := range forms {
+		t.Run(f.String(), func(t *testing.T) {
+			t.Parallel()
+			testTalk(t, f, websockets, *connections)
 		})
 	}
 }
 
-// arms is lab.OneArm or lab.TwoArm.
-type arms func(prefix string, options lab.Options) (*lab.Topology, error)
-
-// mustTopology builds a lab, and the service that its backends are to serve.
-func mustTopology(t *testing.T, build arms, prefix, method string, v6 bool, backends int, options lab.Options) (*lab.Topology, service) {
-	t.Helper()
-	options.Backends, options.ClientAddresses = backends, 8
-	if method == "dsr" {
-		options.DSRServices = lab.DefaultServices()
+// TestFlows is the same promise for UDP: flows shaped as QUIC's, whose every byte is compared in both directions.
+func TestFlows(t *testing.T) {
+	t.Parallel()
+	for _, f := range forms {
+		t.Run(f.String(), func(t *testing.T) {
+			t.Parallel()
+			testTalk(t, f, udpFlows, *flows)
+		})
 	}
-	topo, err := build(prefix, options)
+}
+
+// talkers are clients that talk through a service: lab.Clients or lab.Flows.
+type talkers interface {
+	Open(context.Context, lab.OpenOptions) error
+	Chatter(context.Context, lab.ChatterOptions) error
+	Quiet(context.Context) (lab.ClientStats, error)
+	Stats(context.Context) (lab.ClientStats, error)
+	Close(context.Context) (lab.ClientStats, error)
+}
+
+// kind is what talks through a service.
+type kind struct {
+	name  string
+	of    func(service) service
+	start func(*lab.Node) (talkers, error)
+	// serve starts a backend's server, and returns how to look at the end whether all was well with it.
+	serve func(*testing.T, *lab.Backend) func(context.Context)
+}
+
+var (
+	websockets = kind{
+		name: "WebSockets", of: func(s service) service { return s.at("tcp", websocketPort) },
+		start: func(n *lab.Node) (talkers, error) { return n.StartClients() },
+		serve: func(t *testing.T, b *lab.Backend) func(context.Context) {
+			mustServe(t, b)
+			return func(context.Context) {}
+		},
+	}
+	udpFlows = kind{
+		// Nothing says that a flow has ended but its silence.
+		name: "flows", of: func(s service) service { return s.at("udp", flowPort, "idle_timeout: 2s") },
+		start: func(n *lab.Node) (talkers, error) { return n.StartFlows() },
+		serve: func(t *testing.T, b *lab.Backend) func(context.Context) {
+			server := mustServeFlows(t, b)
+			return func(ctx context.Context) {
+				if stats, err := server.Stats(ctx); err != nil || stats.Wrong > 0 {
+					t.Errorf("%s met %d datagrams that no client had sent, %s, %v", b.Name(), stats.Wrong, stats.Reason, err)
+				}
+			}
+		},
+	}
+)
+
+// talk is clients that talk through a service of an edge.
+type talk struct {
+	*edge
+	talkers
+	kind    kind
+	topo    *lab.Topology
+	service service
+	ctx     context.Context
+	opened  int
+}
+
+// stats fails the test if any connection was hurt.
+func (k *talk) stats() lab.ClientStats {
+	k.t.Helper()
+	st, err := k.talkers.Stats(k.ctx)
 	if err != nil {
-		t.Fatal(err)
+		k.t.Fatal(err)
 	}
-	t.Cleanup(func() {
-		if err := topo.Close(); err != nil {
-			t.Error(err)
-		}
+	if st.Broken+st.Moved+st.Wrong+st.Failed+st.ClosedByServer > 0 || st.Lost > int(st.Sent)/100 {
+		k.t.Fatalf("%d broken, %d moved, %d wrong, %d failed, %d closed by their server, %d of %d lost: %v\n%s", st.Broken,
+			st.Moved, st.Wrong, st.Failed, st.ClosedByServer, st.Lost, st.Sent, st.Failures, k.story())
+	}
+	return st
+}
+
+// openMore opens n more, from ports of their own.
+func (k *talk) openMore(n int) lab.ClientStats {
+	k.t.Helper()
+	err := k.talkers.Open(k.ctx, lab.OpenOptions{
+		Target: k.service.addrPort(), Sources: k.topo.ClientAddresses(k.service.address), Count: n, FirstPort: uint16(20000 + k.opened),
 	})
-	addresses := topo.Services
-	if method == "dsr" {
-		addresses = lab.DefaultServices()
+	if err != nil {
+		k.t.Fatalf("open %d %s: %v\n%s", n, k.kind.name, err, k.story())
 	}
-	s := service{method: method, port: websocketPort}
-	for _, a := range addresses {
-		if a.Is6() == v6 {
-			s.address = a
+	k.opened += n
+	return k.stats()
+}
+
+// echoes waits until every connection there is has had time to echo.
+func (k *talk) echoes(what string) {
+	k.t.Helper()
+	before := k.stats().Echoed
+	for deadline := time.Now().Add(30 * time.Second); int(k.stats().Echoed-before) < k.opened; time.Sleep(20 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			k.t.Fatalf("%s, only %d messages of %d %s were echoed within 30 s\n%s", what, k.stats().Echoed-before, k.opened,
+				k.kind.name, k.story())
 		}
 	}
-	for _, b := range topo.Backends() {
-		s.backends = append(s.backends, backend{b.Name(), b.Address(s.address), 1})
-	}
-	return topo, s
 }
 
-// interfacesOf is the configuration's line that names the edge's interfaces.
-func interfacesOf(topo *lab.Topology) string {
-	if topo.EdgeFront == topo.EdgeBack {
-		return fmt.Sprintf("interfaces: [%s]", topo.EdgeFront)
-	}
-	return fmt.Sprintf("interfaces: [%s, %s]", topo.EdgeFront, topo.EdgeBack)
-}
-
-func mustServe(t *testing.T, b *lab.Backend) {
-	t.Helper()
-	listen := []netip.AddrPort{netip.AddrPortFrom(netip.IPv6Unspecified(), websocketPort)}
-	if _, err := b.StartServer(lab.ServerOptions{Listen: listen}); err != nil {
-		t.Fatal(err)
+// even compares how many connections each of n backends has with what chance allows.
+func (k *talk) even(st lab.ClientStats, backends []backend) {
+	k.t.Helper()
+	for _, b := range backends {
+		share := float64(k.opened) / float64(len(backends))
+		off := float64(st.Servers[b.name])/share - 1
+		k.t.Logf("%s: %d, %+.2f %% off its share", b.name, st.Servers[b.name], off*100)
+		// A hash spreads as chance does: four standard deviations of a binomial share.
+		if limit := 4 * math.Sqrt(share*(1-1/float64(len(backends)))) / share; math.Abs(off) > limit {
+			k.t.Errorf("%s has %d of %d %s, %.1f %% off its share; chance allows %.1f %%", b.name, st.Servers[b.name],
+				k.opened, k.kind.name, off*100, limit*100)
+		}
 	}
 }
 
-func testWebSockets(t *testing.T, prefix, method string, v6 bool) {
-	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
+func testTalk(t *testing.T, f form, what kind, n int) {
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
 	defer cancel()
-	topo, s := mustTopology(t, lab.TwoArm, prefix, method, v6, 4, lab.Options{})
+	topo, s := mustTopology(t, lab.TwoArm, f, 4, lab.Options{})
+	s = what.of(s)
+	var well []func(context.Context)
 	for _, b := range topo.Backends() {
-		mustServe(t, b)
+		well = append(well, what.serve(t, b))
 	}
 	all := s.backends
 	s.backends = all[:3]
-	e := newEdge(t, topo, interfacesOf(topo), "xdp: native", "epoch: 1s")
+	e := newEdge(t, topo, interfacesOf(topo), "xdp: native", "epoch: 500ms")
 	e.write(s)
 	e.start()
 	set := e.open()
-
-	clients, err := topo.Clients.StartClients()
+	clients, err := what.start(topo.Clients)
 	if err != nil {
 		t.Fatal(err)
 	}
-	stats := func() lab.ClientStats {
+	k := &talk{edge: e, talkers: clients, kind: what, topo: topo, service: s, ctx: ctx}
+	// inTable waits until the table holds what is open: a flow is in it when it has lasted a second.
+	inTable := func() {
 		t.Helper()
-		st, err := clients.Stats(ctx)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if st.Broken+st.Moved+st.Wrong+st.Failed+st.ClosedByServer > 0 {
-			t.Fatalf("%d broken, %d moved, %d wrong, %d failed, %d closed by their server: %v\n%s", st.Broken, st.Moved,
-				st.Wrong, st.Failed, st.ClosedByServer, st.Failures, e.log())
-		}
-		return st
-	}
-	opened := 0
-	open := func(n int) lab.ClientStats {
-		t.Helper()
-		err := clients.Open(ctx, lab.OpenOptions{
-			Target: s.addrPort(), Sources: topo.ClientAddresses(s.address), Count: n, FirstPort: uint16(20000 + opened),
-		})
-		if err != nil {
-			t.Fatalf("open %d WebSockets: %v\n%s", n, err, e.log())
-		}
-		opened += n
-		return stats()
-	}
-	// echoes waits until every connection there is has had time to echo.
-	echoes := func(what string) {
-		t.Helper()
-		before := stats().Echoed
-		e.until("messages are echoed "+what, func() bool { return int(stats().Echoed-before) >= opened })
+		e.until("the connection table holds what is open", func() bool { return int(set.Control.Connections()) == k.opened })
 	}
 
-	n := *connections
 	began := time.Now()
-	st := open(n)
-	t.Logf("%d WebSockets open in %v: %v", n, time.Since(began).Round(time.Millisecond), st.Servers)
-	for _, b := range s.backends {
-		share := float64(n) / 3
-		off := float64(st.Servers[b.name])/share - 1
-		t.Logf("%s: %d, %+.2f %% off its share", b.name, st.Servers[b.name], off*100)
-		// A hash spreads as chance does: four standard deviations of a binomial share.
-		if limit := 4 * math.Sqrt(share*2/3) / share; math.Abs(off) > limit {
-			t.Errorf("%s has %d of %d connections, %.1f %% off its share; chance allows %.1f %%", b.name, st.Servers[b.name],
-				n, off*100, limit*100)
-		}
-	}
+	st := k.openMore(n)
+	t.Logf("%d %s open in %v: %v", n, what.name, time.Since(began).Round(time.Millisecond), st.Servers)
+	k.even(st, s.backends)
 	if err := clients.Chatter(ctx, lab.ChatterOptions{Rate: max(float64(n)/2, 1000)}); err != nil {
 		t.Fatal(err)
 	}
-	echoes("at first")
+	k.echoes("at first")
 
 	s.backends = all
 	e.reload(s)
-	echoes("after a backend was added")
-	if st = open(n / 10); st.Servers[all[3].name] == 0 {
+	k.echoes("after a backend was added")
+	if st = k.openMore(max(n/10, 30)); st.Servers[all[3].name] == 0 {
 		t.Errorf("no new connection reached the new backend: %v", st.Servers)
 	}
 	s.backends = slices.Clone(all[1:])
 	old := st.Servers[all[0].name]
 	e.reload(s)
-	echoes("after a backend was taken out")
-	if st = open(n / 10); st.Servers[all[0].name] != old {
+	k.echoes("after a backend was taken out")
+	if st = k.openMore(max(n/10, 30)); st.Servers[all[0].name] != old {
 		t.Errorf("%d new connections reached the backend that was taken out", st.Servers[all[0].name]-old)
 	}
-	if entries := set.Control.Connections(); int(entries) != opened {
-		t.Errorf("%d connections are open, the connection table holds %d", opened, entries)
-	}
+	inTable()
 
 	e.kill()
-	before := stats().Echoed
-	for deadline := time.Now().Add(20 * time.Second); int(stats().Echoed-before) < opened; time.Sleep(50 * time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatalf("with the daemon killed, only %d messages were echoed within 20 s", stats().Echoed-before)
-		}
-	}
-	if st = open(n / 10); st.Servers[all[0].name] != old {
+	k.echoes("with the daemon killed")
+	if st = k.openMore(max(n/10, 30)); st.Servers[all[0].name] != old {
 		t.Errorf("with the daemon killed, new connections reached the backend that was taken out")
 	}
 	e.start()
-	echoes("after the daemon was killed and started again")
-	if entries := set.Control.Connections(); int(entries) != opened {
-		t.Errorf("%d connections are open, the connection table holds %d", opened, entries)
-	}
+	k.echoes("after the daemon was killed and started again")
+	inTable()
 
 	if _, err := clients.Quiet(ctx); err != nil {
 		t.Fatal(err)
 	}
-	st = stats()
-	if st.Sent != st.Echoed || st.Live != opened {
-		t.Errorf("%d messages sent, %d echoed; %d opened, %d live", st.Sent, st.Echoed, opened, st.Live)
+	st = k.stats()
+	if st.Sent > st.Echoed+uint64(st.Lost) || st.Live != k.opened {
+		t.Errorf("%d messages sent, %d echoed, %d lost; %d opened, %d live", st.Sent, st.Echoed, st.Lost, k.opened, st.Live)
 	}
-	t.Logf("opened %d, moved %d, broken %d, messages echoed %d, slowest echo %v", opened, st.Moved, st.Broken, st.Echoed, st.Slowest)
+	t.Logf("opened %d, moved %d, broken %d, messages echoed %d, lost %d, slowest echo %v", k.opened, st.Moved, st.Broken, st.Echoed,
+		st.Lost, st.Slowest)
+	for _, look := range well {
+		look(ctx)
+	}
 	if _, err := clients.Close(ctx); err != nil {
 		t.Fatal(err)
 	}

@@ -45,11 +45,11 @@ type kernelFiles struct {
 	modules map[string]string // by name, decompressed
 }
 
-// present says what folder holds, if it is all.
-func present(folder string) (kernelFiles, bool) {
+// present says what folder holds, if it is all that is needed.
+func present(folder string, needed []string) (kernelFiles, bool) {
 	files := kernelFiles{filepath.Join(folder, "vmlinuz"), make(map[string]string)}
 	all := []string{files.image}
-	for _, name := range modules {
+	for _, name := range needed {
 		files.modules[name] = filepath.Join(folder, name+".ko")
 		all = append(all, files.modules[name])
 	}
@@ -61,10 +61,10 @@ func present(folder string) (kernelFiles, bool) {
 	return files, true
 }
 
-// fetch gives the suite's kernel from the cache or, where that lacks it, from Debian.
-func (s suite) fetch(ctx context.Context, cache string) (kernelFiles, error) {
+// fetch gives the suite's kernel with these modules from the cache or, where that lacks any, from Debian.
+func (s suite) fetch(ctx context.Context, cache string, needed []string) (kernelFiles, error) {
 	folder := filepath.Join(cache, s.name)
-	if files, ok := present(folder); ok {
+	if files, ok := present(folder, needed); ok {
 		return files, nil
 	}
 	aside := filepath.Join(cache, ".fetch") // a killed run may have left one
@@ -99,14 +99,14 @@ func (s suite) fetch(ctx context.Context, cache string) (kernelFiles, error) {
 			return kernelFiles{}, fmt.Errorf("unpack %s: %w", filepath.Base(file), err)
 		}
 	}
-	if _, ok := present(unpacked); !ok {
+	if _, ok := present(unpacked, needed); !ok {
 		return kernelFiles{}, fmt.Errorf("%s lack the kernel or its modules %s",
-			strings.Join(names, ", "), strings.Join(modules, ", "))
+			strings.Join(names, ", "), strings.Join(needed, ", "))
 	}
 	if err := os.Rename(unpacked, folder); err != nil {
 		return kernelFiles{}, err
 	}
-	files, _ := present(folder)
+	files, _ := present(folder, needed)
 	return files, nil
 }
 
@@ -272,7 +272,7 @@ func keep(ctx context.Context, name string, content io.Reader, folder string) er
 		return write(filepath.Join(folder, "vmlinuz"), content)
 	}
 	match := moduleFile.FindStringSubmatch(name)
-	if match == nil || !slices.Contains(modules, match[2]) {
+	if match == nil || !slices.Contains(modules, match[2]) && !slices.Contains(virtioModules, match[2]) {
 		return nil
 	}
 	if match[3] != "" {

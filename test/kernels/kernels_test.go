@@ -6,6 +6,7 @@ import (
 	"flag"
 	"fmt"
 	"os"
+	"path"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -104,11 +105,13 @@ func TestKernels(t *testing.T) {
 	unlock := mustLock(t, *cache)
 	defer unlock()
 	bin := t.TempDir()
-	mustBuild(t, bin, "kernels")
-	mustBuild(t, bin, "packet")
+	mustBuild(t, bin, "test/kernels")
+	mustBuild(t, bin, "test/packet")
+	mustBuild(t, bin, "loader")
 	steps := []step{
-		{"load", []string{initPath, "-test.v=test2json", "-test.run=^TestLoad$"}},
+		{"load", []string{initPath, "-test.v=test2json", "-test.run=^TestLoad(Decap)?$"}},
 		{"packet", []string{"/packet.test", "-test.v=test2json"}},
+		{"decap", []string{"/loader.test", "-test.v=test2json", "-test.run=^TestDecap"}},
 	}
 	if !*full {
 		packet := &steps[1]
@@ -116,7 +119,7 @@ func TestKernels(t *testing.T) {
 	}
 	for _, s := range chosen {
 		t.Run(s.name, func(t *testing.T) {
-			files, err := s.fetch(t.Context(), *cache)
+			files, err := s.fetch(t.Context(), *cache, modules)
 			if err != nil {
 				t.Fatalf("get the kernel of %s: %v", s.name, err)
 			}
@@ -131,14 +134,16 @@ func TestKernels(t *testing.T) {
 	}
 }
 
-// pack makes the initramfs: this package's tests as init, the packet tests, modules and steps.
+// pack makes the initramfs: this package's tests as init, those of the packets and of the loader, modules and steps.
 func pack(archive, bin string, files kernelFiles, steps []step) error {
 	var a initramfs
 	if err := a.copyFile(initPath, filepath.Join(bin, "kernels.test")); err != nil {
 		return err
 	}
-	if err := a.copyFile("/packet.test", filepath.Join(bin, "packet.test")); err != nil {
-		return err
+	for _, name := range []string{"packet.test", "loader.test"} {
+		if err := a.copyFile("/"+name, filepath.Join(bin, name)); err != nil {
+			return err
+		}
 	}
 	text, err := json.Marshal(steps)
 	if err != nil {
@@ -193,12 +198,12 @@ func must(t *testing.T, err error) {
 	}
 }
 
-// mustBuild builds the tests of a package beside this one for the machines, static.
+// mustBuild builds the tests of a package for the machines, static.
 func mustBuild(t *testing.T, bin, name string) {
 	t.Helper()
-	output := filepath.Join(bin, name+".test")
+	output := filepath.Join(bin, path.Base(name)+".test")
 	_, err := run(t.Context(), "", "env", "CGO_ENABLED=0", "GOOS=linux", "GOARCH=amd64",
-		"go", "test", "-c", "-ldflags=-s -w", "-o", output, "fairlead/test/"+name)
+		"go", "test", "-c", "-ldflags=-s -w", "-o", output, "fairlead/"+name)
 	must(t, err)
 }
 

@@ -25,16 +25,25 @@ const (
 // TestLoad: the kernel that runs here takes every program, with everything compiled in and with each part alone: what a
 // configuration does not use is cut out as dead code, which the verifier sees as another program.
 func TestLoad(t *testing.T) {
-	for _, part := range []struct {
+	type part struct {
 		name    string
 		without []string
-	}{
-		{"everything", nil},
-		{"fullnat over ipv4", []string{bpf.FairleadVarUseDsr, bpf.FairleadVarUseIpv6, bpf.FairleadVarUseAffinityClient}},
-		{"fullnat over ipv6", []string{bpf.FairleadVarUseDsr, bpf.FairleadVarUseIpv4, bpf.FairleadVarUseAffinityClient}},
-		{"dsr over ipv4", []string{bpf.FairleadVarUseFullnat, bpf.FairleadVarUseIpv6, bpf.FairleadVarUseAffinityClient}},
-		{"dsr over ipv6", []string{bpf.FairleadVarUseFullnat, bpf.FairleadVarUseIpv4, bpf.FairleadVarUseAffinityClient}},
-	} {
+	}
+	parts := []part{{"everything", nil}, {"everything but udp", []string{bpf.FairleadVarUseUdp}}}
+	methods := []string{bpf.FairleadVarUseFullnat, bpf.FairleadVarUseNat, bpf.FairleadVarUseDsr, bpf.FairleadVarUseTunnel}
+	families := []string{bpf.FairleadVarUseIpv4, bpf.FairleadVarUseIpv6}
+	for _, method := range methods {
+		for _, family := range families {
+			others := func(name string) bool { return name == method || name == family }
+			without := slices.DeleteFunc(slices.Concat(methods, families), others)
+			parts = append(parts, part{
+				name: strings.TrimPrefix(method, "use_") + " over " + strings.TrimPrefix(family, "use_"),
+				// The one combination of the rest that most configurations have.
+				without: append(without, bpf.FairleadVarUseUdp, bpf.FairleadVarUseAffinityClient),
+			})
+		}
+	}
+	for _, part := range parts {
 		t.Run(part.name, func(t *testing.T) {
 			spec, err := bpf.LoadFairlead()
 			if err != nil {
@@ -59,6 +68,29 @@ func TestLoad(t *testing.T) {
 				verified = append(verified, fmt.Sprintf("%s %d", name, instructions))
 			}
 			t.Logf("%s%s", verifiedPrefix, strings.Join(verified, ", "))
+		})
+	}
+}
+
+// TestLoadDecap is the same for the backends' program.
+func TestLoadDecap(t *testing.T) {
+	for sources := range uint8(2) {
+		t.Run(fmt.Sprintf("sources %d", sources), func(t *testing.T) {
+			spec, err := bpf.LoadDecap()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := spec.Variables[bpf.DecapVarUseSources].Set(sources); err != nil {
+				t.Fatal(err)
+			}
+			for _, m := range spec.Maps {
+				m.Pinning = ebpf.PinNone
+			}
+			instructions, err := load(spec, bpf.DecapProgFairleadDecap)
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Logf("%s%s %d", verifiedPrefix, bpf.DecapProgFairleadDecap, instructions)
 		})
 	}
 }

@@ -21,6 +21,8 @@ const consoleLines = 40
 type machine struct {
 	kernel, initramfs string
 	folder            string
+	devices           []string   // further arguments of qemu
+	files             []*os.File // that they name, from descriptor 3 on
 }
 
 func (m machine) consolePath() string { return filepath.Join(m.folder, "console.log") }
@@ -36,10 +38,11 @@ func (m machine) boot(ctx context.Context) error {
 	// The kernel gives what stands behind "--" to init, panics reboot, and a reboot ends the machine.
 	arguments := fmt.Sprintf("console=ttyS0 loglevel=4 panic=-1 rdinit=%s -- -kernels.init -kernels.timeout=%s",
 		initPath, *timeout)
-	command := exec.CommandContext(ctx, "qemu-system-x86_64", "-accel", "tcg", "-cpu", "max", "-smp", "2", "-m", "1024",
-		"-nodefaults", "-no-reboot", "-display", "none",
-		"-serial", "file:"+m.consolePath(), "-serial", "file:"+m.testsPath(),
-		"-kernel", m.kernel, "-initrd", m.initramfs, "-append", arguments)
+	command := exec.CommandContext(ctx, "qemu-system-x86_64", append([]string{"-accel", "tcg", "-cpu", "max", "-smp", "2",
+		"-m", "1024", "-nodefaults", "-no-reboot", "-display", "none",
+		"-serial", "file:" + m.consolePath(), "-serial", "file:" + m.testsPath(),
+		"-kernel", m.kernel, "-initrd", m.initramfs, "-append", arguments}, m.devices...)...)
+	command.ExtraFiles = m.files
 	var complaints bytes.Buffer
 	command.Stderr = &complaints
 	// The machine ends with the thread that started it, so that a run which is killed leaves none behind.

@@ -1,10 +1,11 @@
-// Package lab builds networks out of network namespaces on one machine, and the WebSocket peers that live in them.
+// Package lab builds networks out of network namespaces on one machine, and the peers that live in them: WebSockets, and
+// UDP flows shaped as QUIC's.
 //
 // A Lab owns every namespace called PREFIX-NAME and every process started in one through it. Nodes are namespaces;
 // segments are bridges in the namespace PREFIX-switch; a node joins a segment by a veth pair that behaves, for XDP, as
 // a real wire does. OneArm and TwoArm build the topologies a forwarder is usually put into.
 //
-// A program that starts WebSocket peers calls PeerMain first in its main or TestMain.
+// A program that starts peers calls PeerMain first in its main or TestMain.
 package lab
 
 import (
@@ -41,6 +42,7 @@ type Lab struct {
 	segments  map[string]*Segment
 	processes []*Process
 	peers     []*peer
+	captures  []*Capture
 }
 
 // New opens the lab of a prefix (lower-case letters and digits), after clearing away what an earlier one that was
@@ -91,6 +93,9 @@ func (l *Lab) Close() error {
 	}
 	defer l.lock.Close()
 	// The records go only once everything else has gone: what could not be ended is left to the next sweep.
+	for _, c := range l.captures {
+		c.Close() // an open socket would keep its namespace
+	}
 	err := sweep(l.prefix)
 	if err == nil {
 		for _, p := range l.processes {

@@ -173,6 +173,60 @@ func (n *Node) AddDefaultRoutes(gateways ...netip.Addr) error {
 	return nil
 }
 
+// addRoutes routes a subnet of both families by way of on-link gateways, one a family.
+func (n *Node) addRoutes(to subnet, gateways []netip.Addr) (err error) {
+	for _, prefix := range []netip.Prefix{to.v4, to.v6} {
+		err = errors.Join(err, n.AddRoute(prefix, sameFamily(gateways, prefix.Addr())[0]))
+	}
+	return err
+}
+
+// PathMTU is the largest packet, in bytes from the IP header on, that the node's kernel takes the way to an address to
+// carry: what a router has told it, else the route's or the interface's MTU.
+func (n *Node) PathMTU(to netip.Addr) (mtu int, err error) {
+	err = n.Do(func() error {
+		routes, err := netlink.RouteGet(to.AsSlice())
+		if err != nil {
+			return fmt.Errorf("look up the route to %v: %w", to, err)
+		}
+		if mtu = routes[0].MTU; mtu != 0 {
+			return nil
+		}
+		link, err := netlink.LinkByIndex(routes[0].LinkIndex)
+		if err != nil {
+			return fmt.Errorf("find the interface to %v: %w", to, err)
+		}
+		mtu = link.Attrs().MTU
+		return nil
+	})
+	return mtu, n.wrap("look up a path's MTU", err)
+}
+
+// ForgetPaths makes the node's kernel forget what routers have told it of paths.
+func (n *Node) ForgetPaths() error {
+	for _, family := range []string{"-4", "-6"} {
+		cmd := n.Command(context.Background(), "ip", family, "route", "flush", "cache")
+		if output, err := cmd.CombinedOutput(); err != nil {
+			return n.wrap("forget paths", fmt.Errorf("ip: %w: %s", err, strings.TrimSpace(string(output))))
+		}
+	}
+	return nil
+}
+
+// SetMTU sets an interface's MTU in bytes.
+func (n *Node) SetMTU(interfaceName string, mtu int) error {
+	return n.wrap("set an MTU", n.Do(func() error {
+		link, err := netlink.LinkByName(interfaceName)
+		if err != nil {
+			return fmt.Errorf("find interface %s: %w", interfaceName, err)
+		}
+		if err := netlink.LinkSetMTU(link, mtu); err != nil {
+			return fmt.Errorf("set the MTU of %s to %d: %w", interfaceName, mtu, err)
+		}
+		return nil
+	}))
+}
+
 // SetForwarding makes the node a router of both families, or no more.
 func (n *Node) SetForwarding(on bool) error {
 	value := "0"

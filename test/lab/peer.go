@@ -24,7 +24,7 @@ const startPeriod = 30 * time.Second
 
 var peerMainCalled bool
 
-// PeerMain makes this process a WebSocket peer and never returns, if a lab started it to be one; otherwise it returns
+// PeerMain makes this process a peer and never returns, if a lab started it to be one; otherwise it returns
 // at once. Peers are processes, made of the program that starts them, because each process has its own descriptors and
 // its own crash. Call it first in main or TestMain.
 func PeerMain() {
@@ -37,6 +37,10 @@ func PeerMain() {
 		role = newServerRole()
 	case "clients":
 		role = newClientsRole()
+	case "flow-server":
+		role = newFlowServerRole()
+	case "flows":
+		role = newFlowsRole()
 	default:
 		fmt.Fprintf(os.Stderr, "%s=%q: no such kind of peer\n", peerVariable, kind)
 		os.Exit(2)

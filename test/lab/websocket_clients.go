@@ -58,19 +58,20 @@ type ChatterOptions struct {
 	Timeout time.Duration // a connection whose echo is not back by then is broken; default 10 s
 }
 
-// ClientStats are counts since the process was started.
+// ClientStats are counts since the process was started, of connections or of flows.
 type ClientStats struct {
 	Live   int `json:"live"`   // connections open now
 	Opened int `json:"opened"` // connections greeted by a server
 	Failed int `json:"failed"` // connections that were not: refused, reset, silent
 
-	Closed         int `json:"closed"`           // ended by our close handshake
+	Closed         int `json:"closed"`           // ended by our close handshake; of flows, by us
 	Unclean        int `json:"unclean"`          // ended while our close handshake was under way, without its answer
 	ClosedByServer int `json:"closed_by_server"` // ended by a server's close handshake
 	Broken         int `json:"broken"`           // ended by anything else, or left without an echo
 
 	Moved int `json:"moved"` // connections that another server, or another of its connections, answered
 	Wrong int `json:"wrong"` // echoes that were not what had been sent
+	Lost  int `json:"lost"`  // of flows: datagrams that had no answer for a second, and were sent again
 
 	Sent     uint64        `json:"sent"`     // messages
 	Echoed   uint64        `json:"echoed"`   // messages that came back as they were
@@ -252,17 +253,16 @@ func (r *clientsRole) counts() ClientStats {
 }
 
 // fail counts by the pointer, and keeps a sample; the caller holds the mutex.
-func (r *clientsRole) fail(count *int, kind string, local netip.AddrPort, server, reason string) {
+func (s *ClientStats) fail(count *int, kind string, local netip.AddrPort, server, reason string) {
 	*count++
 	kept := 0
-	for _, f := range r.stats.Failures {
+	for _, f := range s.Failures {
 		if f.Kind == kind {
 			kept++
 		}
 	}
 	if kept < samplesKept {
-		r.stats.Failures = append(r.stats.Failures,
-			Failure{Kind: kind, At: time.Now(), Local: local, Server: server, Reason: reason})
+		s.Failures = append(s.Failures, Failure{Kind: kind, At: time.Now(), Local: local, Server: server, Reason: reason})
 	}
 }
 
@@ -276,10 +276,8 @@ func (r *clientsRole) open(ctx context.Context, options OpenOptions) error {
 	if !strings.HasPrefix(options.Path, "/") {
 		options.Path = "/" + options.Path
 	}
-	each := max(len(options.Sources), 1)
-	if last := int(options.FirstPort) + (options.Count-1)/each; options.FirstPort != 0 && last > 65535 {
-		return fmt.Errorf("%d connections from port %d on %d addresses end at port %d: take more addresses",
-			options.Count, options.FirstPort, each, last)
+	if err := options.enoughPorts(); err != nil {
+		return err
 	}
 	r.mu.Lock()
 	if total := len(r.live) + r.opening + options.Count; total > MaxClients {
@@ -288,31 +286,48 @@ func (r *clientsRole) open(ctx context.Context, options OpenOptions) error {
 	}
 	r.opening += options.Count
 	r.mu.Unlock()
+	return options.each(func(local netip.AddrPort) error {
+		err := ctx.Err()
+		if err == nil {
+			err = r.openOne(ctx, options, local)
+		}
+		r.mu.Lock()
+		r.opening--
+		r.mu.Unlock()
+		return err
+	})
+}
 
+func (o OpenOptions) enoughPorts() error {
+	each := max(len(o.Sources), 1)
+	if last := int(o.FirstPort) + (o.Count-1)/each; o.FirstPort != 0 && last > 65535 {
+		return fmt.Errorf("%d connections from port %d on %d addresses end at port %d: take more addresses",
+			o.Count, o.FirstPort, each, last)
+	}
+	return nil
+}
+
+// each opens one by one from every local address and port that the options name, many at a time, and tells how many
+// failed, and one reason.
+func (o OpenOptions) each(open func(local netip.AddrPort) error) error {
 	var (
 		mu     sync.Mutex
 		failed int
 		first  error
 		group  errgroup.Group
 	)
-	group.SetLimit(options.Parallel)
-	for i := range options.Count {
+	group.SetLimit(o.Parallel)
+	each := max(len(o.Sources), 1)
+	for i := range o.Count {
 		local := netip.AddrPortFrom(netip.Addr{}, 0)
-		if len(options.Sources) > 0 {
-			local = netip.AddrPortFrom(options.Sources[i%each], 0)
+		if len(o.Sources) > 0 {
+			local = netip.AddrPortFrom(o.Sources[i%each], 0)
 		}
-		if options.FirstPort != 0 {
-			local = netip.AddrPortFrom(local.Addr(), options.FirstPort+uint16(i/each))
+		if o.FirstPort != 0 {
+			local = netip.AddrPortFrom(local.Addr(), o.FirstPort+uint16(i/each))
 		}
 		group.Go(func() error {
-			err := ctx.Err()
-			if err == nil {
-				err = r.openOne(ctx, options, local)
-			}
-			r.mu.Lock()
-			r.opening--
-			r.mu.Unlock()
-			if err != nil {
+			if err := open(local); err != nil {
 				mu.Lock()
 				defer mu.Unlock()
 				if failed++; first == nil {
@@ -324,7 +339,7 @@ func (r *clientsRole) open(ctx context.Context, options OpenOptions) error {
 	}
 	group.Wait()
 	if failed > 0 {
-		return fmt.Errorf("%d of %d connections to %v failed: %w", failed, options.Count, options.Target, first)
+		return fmt.Errorf("%d of %d connections to %v failed: %w", failed, o.Count, o.Target, first)
 	}
 	return nil
 }
@@ -336,7 +351,7 @@ func (r *clientsRole) openOne(ctx context.Context, options OpenOptions, local ne
 	defer func() {
 		if err != nil {
 			r.mu.Lock()
-			r.fail(&r.stats.Failed, "failed", c.Local, c.Server, reason(err))
+			r.stats.fail(&r.stats.Failed, "failed", c.Local, c.Server, reason(err))
 			r.mu.Unlock()
 			if c.ws != nil {
 				c.ws.CloseNow()
@@ -424,10 +439,10 @@ func (r *clientsRole) echoed(c *client, message string) {
 	case !same:
 		if !c.moved {
 			c.moved = true
-			r.fail(&r.stats.Moved, "moved", c.Local, c.Server, fmt.Sprintf("an echo begins %.40q, not %q", message, c.prefix))
+			r.stats.fail(&r.stats.Moved, "moved", c.Local, c.Server, fmt.Sprintf("an echo begins %.40q, not %q", message, c.prefix))
 		}
 	case c.sent.IsZero() || body != c.message:
-		r.fail(&r.stats.Wrong, "wrong", c.Local, c.Server, fmt.Sprintf("the echo is %.40q, not %.40q", body, c.message))
+		r.stats.fail(&r.stats.Wrong, "wrong", c.Local, c.Server, fmt.Sprintf("the echo is %.40q, not %.40q", body, c.message))
 	default:
 		r.stats.Echoed++
 		r.stats.Slowest = max(r.stats.Slowest, now.Sub(c.sent))
@@ -462,13 +477,13 @@ func (r *clientsRole) ended(c *client, err error) {
 	case c.closing && (err == nil || status == websocket.StatusNormalClosure):
 		r.stats.Closed++
 	case c.closing:
-		r.fail(&r.stats.Unclean, "unclean", c.Local, c.Server, reason(err))
+		r.stats.fail(&r.stats.Unclean, "unclean", c.Local, c.Server, reason(err))
 	case status != -1:
-		r.fail(&r.stats.ClosedByServer, "closed by server", c.Local, c.Server, reason(err))
+		r.stats.fail(&r.stats.ClosedByServer, "closed by server", c.Local, c.Server, reason(err))
 	case errors.Is(err, io.EOF):
-		r.fail(&r.stats.Broken, "broken", c.Local, c.Server, "FIN without a close handshake: "+reason(err))
+		r.stats.fail(&r.stats.Broken, "broken", c.Local, c.Server, "FIN without a close handshake: "+reason(err))
 	default:
-		r.fail(&r.stats.Broken, "broken", c.Local, c.Server, reason(err))
+		r.stats.fail(&r.stats.Broken, "broken", c.Local, c.Server, reason(err))
 	}
 	go c.ws.CloseNow()
 }
@@ -512,16 +527,23 @@ func (r *clientsRole) quiet(ctx context.Context) (ClientStats, error) {
 
 // talk sends what the chatter's rate owes, connection by connection in turn.
 func (r *clientsRole) talk() {
+	pace(func() float64 {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		return r.chatter.Rate
+	}, r.sendNext)
+}
+
+// pace sends at a rate a second that may change, as long as send finds something to send.
+func pace(current func() float64, send func() bool) {
 	owed, before := 0.0, time.Now()
 	for now := range time.Tick(talkPeriod) {
-		r.mu.Lock()
-		rate := r.chatter.Rate
-		r.mu.Unlock()
+		rate := current()
 		// What could not be sent in 100 ms is not made up for: a pause is not followed by a burst.
 		owed = min(owed+rate*now.Sub(before).Seconds(), rate/10+1)
 		before = now
 		for ; rate > 0 && owed >= 1; owed-- {
-			if !r.sendNext() {
+			if !send() {
 				break
 			}
 		}

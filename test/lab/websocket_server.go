@@ -12,9 +12,11 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/coder/websocket"
+	"golang.org/x/sys/unix"
 )
 
 // HealthPath is the path on which a server answers health checks: to a WebSocket as to any, but uncounted; to a plain
@@ -24,10 +26,14 @@ const HealthPath = "/healthz"
 // readLimit is the longest message in bytes.
 const readLimit = 1 << 20
 
-// ServerOptions describe a WebSocket server.
+// ServerOptions describe a server of WebSockets or of flows.
 type ServerOptions struct {
 	Name   string           // in greetings and echoes, without spaces; default: the node's
 	Listen []netip.AddrPort // one at least; [::]:PORT takes both families, and addresses held on lo
+
+	// ReusePort lets several servers of a node listen on the same address and port. The kernel spreads connections over
+	// them: more than one process has descriptors for.
+	ReusePort bool
 }
 
 // Server is a process in a node's namespace that echoes WebSocket messages. It greets each connection with
@@ -121,7 +127,15 @@ func (s *serverRole) do(ctx context.Context, command string, body json.RawMessag
 func (s *serverRole) listen(ctx context.Context, options ServerOptions) error {
 	s.name = options.Name
 	server := &http.Server{Handler: s, ReadHeaderTimeout: 30 * time.Second}
-	config := net.ListenConfig{KeepAliveConfig: net.KeepAliveConfig{Enable: false}, KeepAlive: -1}
+	config := net.ListenConfig{
+		KeepAliveConfig: net.KeepAliveConfig{Enable: false}, KeepAlive: -1,
+		Control: func(_, _ string, raw syscall.RawConn) (err error) {
+			if options.ReusePort {
+				raw.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_REUSEPORT, 1) })
+			}
+			return err
+		},
+	}
 	for _, address := range options.Listen {
 		listener, err := config.Listen(ctx, "tcp", address.String())
 		if err != nil {

@@ -220,6 +220,29 @@ func TestMovedAndWrong(t *testing.T) {
 	}
 }
 
+// Two servers share an address and port, and connections are spread over both.
+func TestReusePort(t *testing.T) {
+	topology := mustOpen(t, OneArm, "reuse", Options{Backends: 1})
+	backend := topology.Backends()[0]
+	for _, name := range []string{"one", "two"} {
+		if _, err := backend.StartServer(ServerOptions{
+			Name: name, Listen: []netip.AddrPort{netip.AddrPortFrom(backend.IPv4, port)}, ReusePort: true,
+		}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := backend.StartServer(ServerOptions{Listen: []netip.AddrPort{netip.AddrPortFrom(backend.IPv4, port)}}); err == nil {
+		t.Error("a server that shares with nobody listens beside two others")
+	}
+	clients := mustClients(t, topology.Clients)
+	if err := clients.Open(t.Context(), OpenOptions{Target: netip.AddrPortFrom(backend.IPv4, port), Count: 100}); err != nil {
+		t.Fatal(err)
+	}
+	if stats := mustStats(t, clients); stats.Servers["one"] == 0 || stats.Servers["two"] == 0 || stats.Live != 100 {
+		t.Errorf("100 connections went to %v", stats.Servers)
+	}
+}
+
 func TestHealthPath(t *testing.T) {
 	topology := mustOpen(t, OneArm, "health", Options{Backends: 1})
 	backend := topology.Backends()[0]

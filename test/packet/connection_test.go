@@ -147,7 +147,7 @@ func TestTupleUsedAgain(t *testing.T) {
 	eachMethod(t, func(t *testing.T, f family, method bpf.FairleadMethod) {
 		s := newScene(t, f, method, plan{backends: 2})
 		c := s.newClient().open()
-		if method == fullnat {
+		if rewrites(method) {
 			c.send(c.segment(fin|ack, ""), forwardTable)
 			c.reply(c.answer(fin|ack, ""), replyTable, closingSeen)
 		} else {
@@ -159,13 +159,13 @@ func TestTupleUsedAgain(t *testing.T) {
 		c.ack += 0x30000000
 		c.send(c.segment(syn, ""), forwardTable)
 		synAck := c.answer(syn|ack, "")
-		if method == fullnat {
+		if rewrites(method) {
 			c.reply(synAck, replyTable, takenBack)
 			c.send(c.segment(ack, ""), forwardTable)
 		} else {
 			c.send(c.segment(ack, ""), forwardTable, takenBack)
 		}
-		if method == fullnat {
+		if rewrites(method) {
 			c.reply(c.answer(ack|psh, "welcome back"), replyTable)
 		}
 		c.send(c.segment(ack|psh, "again"), forwardTable)
@@ -175,7 +175,7 @@ func TestTupleUsedAgain(t *testing.T) {
 
 // closingAlone is what a client's FIN alone brings about.
 func (c *conversation) closingAlone() []event {
-	if c.method == dsr {
+	if !rewrites(c.method) {
 		return []event{closingSeen}
 	}
 	return nil
@@ -528,7 +528,7 @@ func TestManyCPUs(t *testing.T) {
 
 // settledVerdict is that of a grown connection's plain packet, once the exception bitmap was rebuilt.
 func (c *conversation) settledVerdict() verdict {
-	if c.method == dsr {
+	if !rewrites(c.method) {
 		return forwardRing
 	}
 	return forwardTable

@@ -9,26 +9,55 @@ import (
 	"fairlead/maps"
 
 	"github.com/gopacket/gopacket/layers"
+	"golang.org/x/sys/unix"
 )
 
 const (
 	fullnat = bpf.FairleadMethodMETHOD_FULLNAT
+	nat     = bpf.FairleadMethodMETHOD_NAT
 	dsr     = bpf.FairleadMethodMETHOD_DSR
+	ipip    = bpf.FairleadMethodMETHOD_IPIP
+	gue     = bpf.FairleadMethodMETHOD_GUE
 )
+
+var methods = map[string]bpf.FairleadMethod{"fullnat": fullnat, "nat": nat, "dsr": dsr, "ipip": ipip, "gue": gue}
+
+// rewrites tells the methods by which backends see other addresses and ports than the client's packets have. Their
+// replies pass through us, and their connections need entries.
+func rewrites(method bpf.FairleadMethod) bool { return method == fullnat || method == nat }
+
+// tunnels tells the methods that encapsulate.
+func tunnels(method bpf.FairleadMethod) bool { return method == ipip || method == gue }
 
 // family is a family's addresses; those with a number go on from the first.
 type family struct {
 	name                    string
 	service                 netip.AddrPort
 	client, backend, source netip.Addr
-	headers                 int // of Ethernet, IP and TCP without options
+	tunnel                  netip.Addr // the first of 256 outer source addresses
 }
 
 var families = []family{
 	{"ipv4", netip.MustParseAddrPort("192.0.2.10:443"), netip.MustParseAddr("198.51.100.11"),
-		netip.MustParseAddr("10.0.0.11"), netip.MustParseAddr("10.0.0.1"), 54},
+		netip.MustParseAddr("10.0.0.11"), netip.MustParseAddr("10.0.0.1"), netip.MustParseAddr("10.77.1.0")},
 	{"ipv6", netip.MustParseAddrPort("[2001:db8:5::10]:443"), netip.MustParseAddr("2001:db8:c::11"),
-		netip.MustParseAddr("fd00:a::11"), netip.MustParseAddr("fd00:a::1"), 74},
+		netip.MustParseAddr("fd00:a::11"), netip.MustParseAddr("fd00:a::1"), netip.MustParseAddr("fd00:77::100")},
+}
+
+// other is the other family.
+func (f family) other() family {
+	if f.name == families[0].name {
+		return families[1]
+	}
+	return families[0]
+}
+
+// ipHeader is the length of a bare IP header.
+func (f family) ipHeader() uint32 {
+	if f.name == "ipv4" {
+		return 20
+	}
+	return 40
 }
 
 // plus is the address n further on.
@@ -46,13 +75,19 @@ type plan struct {
 	sources  int // fullnat
 	ports    int // fullnat: of each source address towards each backend
 	ringSize int
-	twoArms  bool // backends are behind another device than the clients
+	udp      bool
+	mtu      uint32    // of the ways to the backends
+	tags     [2]uint16 // of frames to the backends
+	twoArms  bool      // backends are behind another device than the clients
+	outer    *family   // ipip, gue: of the backends; else ipip's are of the clients', gue's of the other one
+	fixed    bool      // ipip, gue: one outer source address, not 256
 	flags    bpf.FairleadServiceFlag
 	policy   bpf.FairleadDownPolicy
 	settings []setting
 }
 
-// scene is a service, number 1, with its backends, numbered from 1 on, and what they need.
+// scene is a service with its backends and what they need: the first in its data plane is number 1, and so are its
+// backends numbered.
 type scene struct {
 	*dataplane
 	family   family
@@ -63,6 +98,8 @@ type scene struct {
 	ports    map[portUse]*conversation // who was last given a port
 	clients  int
 	known    []netip.AddrPort // clients met, connected or not
+
+	lastBackend uint32 // the number before those of its backends
 }
 
 type portUse struct {
@@ -70,8 +107,32 @@ type portUse struct {
 	source  netip.AddrPort
 }
 
+// mtu is that of devices and ways, where a plan says nothing else.
+const mtu = 9000
+
 func newScene(t *testing.T, f family, method bpf.FairleadMethod, p plan) *scene {
 	t.Helper()
+	s := &scene{dataplane: load(t, p.settings...), family: f, ports: map[portUse]*conversation{}}
+	for i, d := range []device{theKernel.front, theKernel.back} {
+		s.must(s.Devices.Put(uint32(d.index), bpf.FairleadDevice{Mtu: mtu, Mac: [][6]byte{edgeMAC, backMAC}[i]}))
+	}
+	s.build(f.service, method, p)
+	s.protocol = s.service.protocol
+	return s
+}
+
+// beside is another service in the same data plane: its own ring, numbers and pools, at the same backends' addresses.
+func (s *scene) beside(address netip.AddrPort, method bpf.FairleadMethod, p plan) *scene {
+	s.Helper()
+	other := &scene{dataplane: s.dataplane, family: s.family, ports: map[portUse]*conversation{}}
+	other.service.id = s.service.id
+	other.lastBackend = s.backends[len(s.backends)-1].id
+	return other.build(address, method, p)
+}
+
+// build makes the next service at an address, as a plan has it.
+func (s *scene) build(address netip.AddrPort, method bpf.FairleadMethod, p plan) *scene {
+	s.Helper()
 	for _, number := range []struct {
 		at    *int
 		least int
@@ -82,37 +143,33 @@ func newScene(t *testing.T, f family, method bpf.FairleadMethod, p plan) *scene 
 			*number.at = number.least
 		}
 	}
-	s := &scene{dataplane: load(t, p.settings...), family: f, method: method, ports: map[portUse]*conversation{}}
-	if method == dsr {
+	s.method = method
+	protocol := uint8(unix.IPPROTO_TCP)
+	if p.udp {
+		protocol = unix.IPPROTO_UDP
+	}
+	if !rewrites(method) {
 		p.flags |= bpf.FairleadServiceFlagSERVICE_RING_FIRST
 	}
 	if method == fullnat {
 		for i := range p.sources {
-			s.sources = append(s.sources, source{uint32(i + 1), plus(f.source, i), 20000, uint16(20000 + p.ports - 1)})
+			s.sources = append(s.sources,
+				source{uint32(i + 1), plus(s.family.source, i), 20000, uint16(20000 + p.ports - 1)})
 			s.setSource(s.sources[i])
 		}
 	}
-	s.service = service{id: 1, address: f.service, flags: p.flags, policy: p.policy}
+	s.service = service{id: s.service.id + 1, address: address, protocol: protocol, flags: p.flags, policy: p.policy}
 	for i := range p.ringSize {
-		s.service.ring = append(s.service.ring, uint32(i%p.backends+1))
+		s.service.ring = append(s.service.ring, s.lastBackend+uint32(i%p.backends+1))
 	}
 	s.setService(s.service)
-	pool := uint32(0)
 	for i := range p.backends {
-		b := backend{
-			id: uint32(i + 1), address: netip.AddrPortFrom(plus(f.backend, i), f.service.Port()), method: method,
-			flags: up, service: 1, mac: [6]byte{2, 0, 0, 0, 1, byte(i)}, ifindex: theKernel.front.index,
-		}
-		if p.twoArms {
-			b.ifindex = theKernel.back.index
-		}
-		if method == fullnat {
-			b.address = netip.AddrPortFrom(b.address.Addr(), 8765)
-			for _, source := range s.sources {
-				b.pools = append(b.pools, pool)
-				s.newPool(pool, b, source)
-				pool++
-			}
+		b := p.backend(s.family, method, i)
+		b.id, b.service, b.protocol = s.lastBackend+b.id, s.service.id, protocol
+		for _, source := range s.sources {
+			pool := uint32(len(s.queues))
+			b.pools = append(b.pools, pool)
+			s.newPool(pool, b, source)
 		}
 		s.setBackend(b)
 		s.backends = append(s.backends, b)
@@ -121,6 +178,38 @@ func newScene(t *testing.T, f family, method bpf.FairleadMethod, p plan) *scene 
 		s.setPools()
 	}
 	return s
+}
+
+// backend is that at a place among the plan's, but for its protocol and pools.
+func (p plan) backend(f family, method bpf.FairleadMethod, place int) backend {
+	b := backend{
+		id: uint32(place + 1), method: method, flags: up, mtu: p.mtu, mac: [6]byte{2, 0, 0, 0, 1, byte(place)},
+		ifindex: theKernel.front.index, tags: p.tags,
+	}
+	if b.mtu == 0 {
+		b.mtu = mtu
+	}
+	if p.twoArms {
+		b.ifindex = theKernel.back.index
+	}
+	if method == gue {
+		f = f.other()
+	}
+	if p.outer != nil {
+		f = *p.outer
+	}
+	port := f.service.Port()
+	if rewrites(method) {
+		port = 8765
+	}
+	b.address = netip.AddrPortFrom(plus(f.backend, place), port)
+	if tunnels(method) {
+		b.tunnelSource = f.tunnel
+		if !p.fixed {
+			b.tunnelMask = binary.NativeEndian.Uint32([]byte{0, 0, 0, 0xff})
+		}
+	}
+	return b
 }
 
 // each runs a test for both families, at its leisure: much of a test's time is the kernel's waiting for its CPUs.
@@ -134,10 +223,10 @@ func each(t *testing.T, test func(*testing.T, family)) {
 	}
 }
 
-// eachMethod runs a test for both families and both methods.
+// eachMethod runs a test for both families and all methods.
 func eachMethod(t *testing.T, test func(*testing.T, family, bpf.FairleadMethod)) {
 	t.Parallel()
-	for name, method := range map[string]bpf.FairleadMethod{"fullnat": fullnat, "dsr": dsr} {
+	for name, method := range methods {
 		t.Run(name, func(t *testing.T) { each(t, func(t *testing.T, f family) { test(t, f, method) }) })
 	}
 }
@@ -154,8 +243,12 @@ type conversation struct {
 	seq, ack  uint32         // next numbers of the client, and of the backend
 	from      device         // where the client's frames come from
 	router    [6]byte
+	tags      []tag // of the client's frames
+	vlan      []tag // the same as replies carry them: VLANs alone
 	confirmed bool
-	mayRob    bool // its SYN may take the port of a half-open connection, or need not
+	mayRob    bool   // its SYN may take the port of a half-open connection, or need not
+	tooBigFor uint32 // what it is told when a packet is too big
+	loose     bool   // its way takes less than IPv6's least: its outer packets may be fragmented
 }
 
 // anyBackend stands for the backend that a connection's first packet is seen to go to.
@@ -189,13 +282,20 @@ func (s *scene) clientOf(backend uint32) *conversation {
 	return nil
 }
 
+// its is the backend that the connection goes to.
+func (c *conversation) its() backend { return c.backends[c.backend-1-c.lastBackend] }
+
 // segment is the client's next, its numbers moved on.
 func (c *conversation) segment(flags uint8, payload string) segment {
 	s := segment{
-		ethSource: c.router, ethDestination: edgeMAC, source: c.client, destination: c.scene.service.address,
-		ttl: 61, tos: 0x10, flowLabel: 0xabcde, id: uint16(c.seq), df: true,
-		sequence: c.seq, flags: flags, window: 0xfaf0, payload: []byte(payload),
+		ethSource: c.router, ethDestination: edgeMAC, tags: c.tags, source: c.client, destination: c.scene.service.address,
+		ttl: 61, tos: 0x11, flowLabel: 0xabcde, id: uint16(c.seq), df: true, payload: []byte(payload),
 	}
+	if s.udp = c.scene.service.protocol == unix.IPPROTO_UDP; s.udp {
+		c.seq++
+		return s
+	}
+	s.sequence, s.flags, s.window = c.seq, flags, 0xfaf0
 	if flags&ack != 0 {
 		s.acknowledgement = c.ack
 	}
@@ -215,18 +315,27 @@ func (c *conversation) segment(flags uint8, payload string) segment {
 
 // answer is the backend's next, its numbers moved on: under fullnat to the source address that it sees.
 func (c *conversation) answer(flags uint8, payload string) segment {
-	b := c.backends[c.backend-1]
+	b := c.its()
 	s := segment{
-		ethSource: b.mac, ethDestination: b.sourceMAC(), source: b.address, destination: c.source,
-		ttl: 64, flowLabel: 0x12345, id: uint16(c.ack), df: true,
-		sequence: c.ack, acknowledgement: c.seq, flags: flags, window: 0x7210, payload: []byte(payload),
+		ethSource: b.mac, ethDestination: b.sourceMAC(), tags: tagsOf(b.tags), source: b.address, destination: c.source,
+		ttl: 64, flowLabel: 0x12345, id: uint16(c.ack), df: true, payload: []byte(payload),
 	}
+	if s.udp = c.scene.service.protocol == unix.IPPROTO_UDP; s.udp {
+		c.ack++
+		return s
+	}
+	s.sequence, s.acknowledgement, s.flags, s.window = c.ack, c.seq, flags, 0x7210
 	if flags&ack == 0 {
 		s.acknowledgement = 0
 	}
 	c.ack = s.end()
 	return s
 }
+
+// datagram is the client's next over UDP, response the backend's.
+func (c *conversation) datagram(payload string) segment { return c.segment(0, payload) }
+
+func (c *conversation) response(payload string) segment { return c.answer(0, payload) }
 
 // send gives a client's segment to the data plane and checks everything: what a verdict means for the frame is here.
 func (c *conversation) send(s segment, v verdict, events ...event) {
@@ -237,14 +346,19 @@ func (c *conversation) send(s segment, v verdict, events ...event) {
 // sendRaw sends other bytes than the segment's own; a forwarded frame is expected as the segment's fields say.
 func (c *conversation) sendRaw(s segment, frame []byte, v verdict, events ...event) {
 	c.Helper()
+	identification := c.control().Identifications
 	action, out := c.run(c.Fairlead, frame, c.from)
-	want := expectation{verdict: v, events: events, service: 1}
+	want := expectation{verdict: v, events: events, service: c.scene.service.id}
 	switch {
-	case v <= bpf.FairleadVerdictPASS_REPLY_UNKNOWN:
+	case passes(v):
 		want.frame, want.service = frame, 0
 	case v >= bpf.FairleadVerdictDROP_TRUNCATED:
+	case v >= bpf.FairleadVerdictRESET_UNKNOWN && s.udp:
+		want.frame = s.unreachable()
 	case v >= bpf.FairleadVerdictRESET_UNKNOWN:
 		want.frame = s.reset().bytes()
+	case v == answerTooBig:
+		want.frame = s.tooBig(c.tooBigFor)
 	default:
 		switch c.backend {
 		case 0:
@@ -256,7 +370,7 @@ func (c *conversation) sendRaw(s segment, frame []byte, v verdict, events ...eve
 				}
 			}
 		}
-		if c.backend > uint32(len(c.backends)) {
+		if c.backend > c.lastBackend+uint32(len(c.backends)) {
 			c.Fatalf("%s: forwarded to nobody known: action %d, frame %x", c.client, action, out)
 		}
 		if c.mayRob && c.counted().Events[portStolen] > c.dataplane.want.Events[portStolen] {
@@ -265,12 +379,8 @@ func (c *conversation) sendRaw(s segment, frame []byte, v verdict, events ...eve
 		if v == bpf.FairleadVerdictFORWARD_NEW && c.method == fullnat && action >= xdpTX {
 			c.givenPort(s, out)
 		}
-		b := c.backends[c.backend-1]
-		forwarded := s.routed(b.sourceMAC(), b.mac)
-		if c.method == fullnat {
-			forwarded = forwarded.between(c.source, b.address)
-		}
-		want.frame, want.backend, want.to = forwarded.bytes(), c.backend, b.ifindex
+		want.frame, want.backend = c.forwarded(s, identification).bytes(), c.backend
+		want.to = c.its().ifindex
 	}
 	c.check(frame, c.from, action, out, want)
 	for _, e := range events {
@@ -278,15 +388,68 @@ func (c *conversation) sendRaw(s segment, frame []byte, v verdict, events ...eve
 	}
 }
 
+// passes tells the verdicts that leave a packet to the host's stack.
+func passes(v verdict) bool { return v <= bpf.FairleadVerdictPASS_TUNNEL_ERROR }
+
+// forwarded is a client's segment as its backend is to get it; outer headers that need a number get this one.
+func (c *conversation) forwarded(s segment, identification uint64) segment {
+	b := c.its()
+	s = s.routed(b.sourceMAC(), b.mac, tagsOf(b.tags)...)
+	if rewrites(c.method) {
+		return s.between(c.source, b.address).identified(identification)
+	}
+	if !tunnels(c.method) {
+		return s
+	}
+	hash := c.hashOf(s.source, s.destination)
+	s.outer = &outer{
+		source: b.outerSource(hash), destination: b.address.Addr(), tos: s.tos, df: s.df,
+		gue: c.method == gue, port: 49152 | uint16(hash>>16)&0x3fff,
+	}
+	if !s.source.Addr().Is4() {
+		s.outer.df = !c.loose || uint32(len(s.packet()))+b.overhead() <= 576
+	}
+	if !s.outer.df {
+		s.outer.id = network(uint16(identification))
+	}
+	return s
+}
+
+// outerSource is the address that a connection's outer packets come from.
+func (b backend) outerSource(hash uint64) netip.Addr {
+	bytes := b.tunnelSource.AsSlice()
+	last := bytes[len(bytes)-4:]
+	binary.NativeEndian.PutUint32(last, binary.NativeEndian.Uint32(last)|uint32(hash)&b.tunnelMask)
+	address, _ := netip.AddrFromSlice(bytes)
+	return address
+}
+
+// tagsOf are the tags of a frame by their words in the maps.
+func tagsOf(words [2]uint16) (tags []tag) {
+	for _, word := range words {
+		if word == 0 {
+			break
+		}
+		t := tag{uint16(layers.EthernetTypeDot1Q), word & uint16(bpf.FairleadTagTAG_ID)}
+		if word&uint16(bpf.FairleadTagTAG_8021AD) != 0 {
+			t.etherType = uint16(layers.EthernetTypeQinQ)
+		}
+		tags = append(tags, t)
+	}
+	return tags
+}
+
 // givenPort reads the source that a new connection was given, which must be nobody's whose connection stands.
 func (c *conversation) givenPort(s segment, out []byte) {
 	c.Helper()
-	at, length := 26, 4
+	grown := 4 * (len(tagsOf(c.its().tags)) - len(s.tags)) // by VLAN tags
+	ip := ethernetHeader + 4*len(s.tags) + grown
+	at, length := ip+12, 4
 	if !c.client.Addr().Is4() {
-		at, length = 22, 16
+		at, length = ip+8, 16
 	}
 	address, _ := netip.AddrFromSlice(out[at : at+length])
-	c.source = netip.AddrPortFrom(address, binary.BigEndian.Uint16(out[s.tcpOffset():]))
+	c.source = netip.AddrPortFrom(address, binary.BigEndian.Uint16(out[s.transportOffset()+grown:]))
 	known := false
 	for _, source := range c.sources {
 		known = known || source.address == address && c.source.Port() >= source.first && c.source.Port() <= source.last
@@ -311,48 +474,68 @@ func (c *conversation) reply(s segment, v verdict, events ...event) {
 func (c *conversation) replyRaw(s segment, frame []byte, v verdict, events ...event) {
 	c.Helper()
 	from := theKernel.front
-	if c.backends[c.backend-1].ifindex == theKernel.back.index {
+	if c.its().ifindex == theKernel.back.index {
 		from = theKernel.back
 	}
+	identification := c.control().Identifications
 	action, out := c.run(c.Fairlead, frame, from)
 	want := expectation{verdict: v, events: events}
 	switch {
-	case v <= bpf.FairleadVerdictPASS_REPLY_UNKNOWN:
+	case passes(v):
 		want.frame = frame
-	case v < bpf.FairleadVerdictRESET_UNKNOWN:
-		want.frame = s.routed(edgeMAC, c.router).between(c.scene.service.address, c.client).bytes()
-		want.service, want.backend, want.to = 1, c.backend, c.from.index
+	case v == answerTooBig:
+		want.frame = s.tooBig(c.tooBigFor)
+	case v < answerTooBig:
+		want.frame = c.replied(s, identification).bytes()
+		want.service, want.backend, want.to = c.scene.service.id, c.backend, c.from.index
+	case v < bpf.FairleadVerdictDROP_TRUNCATED && s.udp:
+		want.frame = s.unreachable()
+	case v < bpf.FairleadVerdictDROP_TRUNCATED:
+		want.frame = s.reset().bytes()
 	}
 	c.check(frame, from, action, out, want)
 }
 
+// replied is a backend's segment as its client is to get it; fragments get this number.
+func (c *conversation) replied(s segment, identification uint64) segment {
+	return s.routed(edgeMAC, c.router, c.vlan...).between(c.scene.service.address, c.client).identified(identification)
+}
+
 // The verdicts' and events' names, short.
 const (
-	passNotOurs      = bpf.FairleadVerdictPASS_NOT_OURS
-	passFragment     = bpf.FairleadVerdictPASS_FRAGMENT
-	passReplyUnknown = bpf.FairleadVerdictPASS_REPLY_UNKNOWN
-	forwardRing      = bpf.FairleadVerdictFORWARD_RING
-	forwardTable     = bpf.FairleadVerdictFORWARD_TABLE
-	forwardHalfOpen  = bpf.FairleadVerdictFORWARD_HALF_OPEN
-	forwardNew       = bpf.FairleadVerdictFORWARD_NEW
-	forwardAdopted   = bpf.FairleadVerdictFORWARD_ADOPTED
-	forwardUnknown   = bpf.FairleadVerdictFORWARD_UNKNOWN
-	replyTable       = bpf.FairleadVerdictREPLY_TABLE
-	replyHalfOpen    = bpf.FairleadVerdictREPLY_HALF_OPEN
-	resetUnknown     = bpf.FairleadVerdictRESET_UNKNOWN
-	resetNoBackend   = bpf.FairleadVerdictRESET_NO_BACKEND
-	resetTableFull   = bpf.FairleadVerdictRESET_TABLE_FULL
-	resetNoPort      = bpf.FairleadVerdictRESET_NO_PORT
-	resetBackendDown = bpf.FairleadVerdictRESET_BACKEND_DOWN
-	resetLeaving     = bpf.FairleadVerdictRESET_LEAVING
-	dropTruncated    = bpf.FairleadVerdictDROP_TRUNCATED
-	dropBadHeader    = bpf.FairleadVerdictDROP_BAD_HEADER
-	dropBadFlags     = bpf.FairleadVerdictDROP_BAD_FLAGS
-	dropFragment     = bpf.FairleadVerdictDROP_FRAGMENT
-	dropUnknownRST   = bpf.FairleadVerdictDROP_UNKNOWN_RST
-	dropNoNeighbor   = bpf.FairleadVerdictDROP_NO_NEIGHBOR
-	dropTTL          = bpf.FairleadVerdictDROP_TTL
-	dropNoRing       = bpf.FairleadVerdictDROP_NO_RING
+	passNotOurs       = bpf.FairleadVerdictPASS_NOT_OURS
+	passFragment      = bpf.FairleadVerdictPASS_FRAGMENT
+	passReplyUnknown  = bpf.FairleadVerdictPASS_REPLY_UNKNOWN
+	passICMP          = bpf.FairleadVerdictPASS_ICMP
+	passTunnelError   = bpf.FairleadVerdictPASS_TUNNEL_ERROR
+	forwardRing       = bpf.FairleadVerdictFORWARD_RING
+	forwardTable      = bpf.FairleadVerdictFORWARD_TABLE
+	forwardHalfOpen   = bpf.FairleadVerdictFORWARD_HALF_OPEN
+	forwardNew        = bpf.FairleadVerdictFORWARD_NEW
+	forwardAdopted    = bpf.FairleadVerdictFORWARD_ADOPTED
+	forwardUnknown    = bpf.FairleadVerdictFORWARD_UNKNOWN
+	replyTable        = bpf.FairleadVerdictREPLY_TABLE
+	replyHalfOpen     = bpf.FairleadVerdictREPLY_HALF_OPEN
+	answerTooBig      = bpf.FairleadVerdictANSWER_TOO_BIG
+	resetUnknown      = bpf.FairleadVerdictRESET_UNKNOWN
+	resetNoBackend    = bpf.FairleadVerdictRESET_NO_BACKEND
+	resetTableFull    = bpf.FairleadVerdictRESET_TABLE_FULL
+	resetNoPort       = bpf.FairleadVerdictRESET_NO_PORT
+	resetBackendDown  = bpf.FairleadVerdictRESET_BACKEND_DOWN
+	resetLeaving      = bpf.FairleadVerdictRESET_LEAVING
+	resetReplyUnknown = bpf.FairleadVerdictRESET_REPLY_UNKNOWN
+	dropTruncated     = bpf.FairleadVerdictDROP_TRUNCATED
+	dropBadHeader     = bpf.FairleadVerdictDROP_BAD_HEADER
+	dropBadFlags      = bpf.FairleadVerdictDROP_BAD_FLAGS
+	forwardFragment   = bpf.FairleadVerdictFORWARD_FRAGMENT
+	replyFragment     = bpf.FairleadVerdictREPLY_FRAGMENT
+	dropUnknownRST    = bpf.FairleadVerdictDROP_UNKNOWN_RST
+	dropNoNeighbor    = bpf.FairleadVerdictDROP_NO_NEIGHBOR
+	dropTTL           = bpf.FairleadVerdictDROP_TTL
+	dropTooBig        = bpf.FairleadVerdictDROP_TOO_BIG
+	dropLimited       = bpf.FairleadVerdictDROP_ANSWER_LIMITED
+	dropNoHeadroom    = bpf.FairleadVerdictDROP_NO_HEADROOM
+	dropNoRing        = bpf.FairleadVerdictDROP_NO_RING
 
 	confirmed       = bpf.FairleadEventEVENT_CONFIRMED
 	matured         = bpf.FairleadEventEVENT_MATURED
@@ -366,9 +549,11 @@ const (
 	portStolen      = bpf.FairleadEventEVENT_PORT_STOLEN
 	resolvedSelf    = bpf.FairleadEventEVENT_RESOLVED_SELF
 	removed         = bpf.FairleadEventEVENT_REMOVED
+	collision       = bpf.FairleadEventEVENT_COLLISION
+	pathLess        = bpf.FairleadEventEVENT_PATH_MTU
 )
 
-// open takes a connection through its handshake: under dsr, through what makes it a grown one too.
+// open takes a connection through its handshake: where replies go past us, through what makes it a grown one too.
 func (c *conversation) open() *conversation {
 	c.Helper()
 	c.send(c.segment(syn, ""), forwardNew)
@@ -376,10 +561,22 @@ func (c *conversation) open() *conversation {
 	return c
 }
 
-// finishOpening does what follows the client's SYN.
+// finishOpening does what follows the client's SYN, or its first datagram.
 func (c *conversation) finishOpening() {
 	c.Helper()
-	if c.method == fullnat {
+	switch {
+	case c.scene.service.protocol == unix.IPPROTO_UDP && rewrites(c.method):
+		c.reply(c.response("yes"), replyHalfOpen, confirmed)
+		c.send(c.datagram("good"), forwardTable, matured)
+		return
+	case c.scene.service.protocol == unix.IPPROTO_UDP:
+		c.age(udpProof)
+		c.send(c.datagram("are you there?"), forwardHalfOpen, confirmed)
+		c.age(udpProof)
+		c.send(c.datagram("good"), forwardTable, matured)
+		return
+	}
+	if rewrites(c.method) {
 		c.reply(c.answer(syn|ack, ""), replyHalfOpen)
 		c.send(c.segment(ack, ""), forwardHalfOpen, confirmed)
 		return
@@ -388,6 +585,23 @@ func (c *conversation) finishOpening() {
 	c.send(c.segment(ack, ""), forwardHalfOpen, confirmed)
 	c.answer(ack, "hello")
 	c.send(c.segment(ack|psh, "hello"), forwardTable, matured)
+}
+
+// udpProof is how long a client has to go on sending over UDP, twice, where replies go past us: a second, in ticks.
+const udpProof = 60
+
+// age makes the connection older by so many ticks.
+func (c *conversation) age(ticks uint32) {
+	c.Helper()
+	if half, found := c.halfOpen(c.client, c.scene.service.address); found {
+		half.First -= ticks
+		table, key := c.tupleIn(c.HalfOpen4, c.HalfOpen6, c.client, c.scene.service.address)
+		c.must(table.Put(key, half))
+		return
+	}
+	entry := c.entry()
+	entry.Opened -= ticks
+	c.editEntry(c, &entry)
 }
 
 // entry is the connection's in the table, where it must be.
@@ -419,12 +633,7 @@ func (s *scene) count(connections, young int64) {
 // editEntry writes the connection's entry in the table as if behind the programs' backs; nil deletes it.
 func (s *scene) editEntry(c *conversation, entry *bpf.FairleadConnection) {
 	s.Helper()
-	table, key := s.Connections4, any(nil)
-	if c.client.Addr().Is4() {
-		key = tuple4(c.client, s.service.address)
-	} else {
-		table, key = s.Connections6, tuple6(c.client, s.service.address)
-	}
+	table, key := s.tupleIn(s.Connections4, s.Connections6, c.client, s.service.address)
 	if entry == nil {
 		s.must(table.Delete(key))
 	} else {
@@ -448,7 +657,7 @@ func (s *scene) rebuildExceptions(meanwhile ...func()) {
 				entry.Backend != ringAnswer(s.service, client)
 		}
 		if exceptional {
-			place := maps.ExceptionBit(hashOf(client, s.service.address))
+			place := maps.ExceptionBit(s.hashOf(client, s.service.address))
 			set.Exception[next][place/64] |= 1 << (place % 64)
 		}
 	}
@@ -462,7 +671,8 @@ func (s *scene) rebuildExceptions(meanwhile ...func()) {
 
 // slotOf is the slot of a client's connection in a ring chosen by the 4-tuple.
 func slotOf(s service, client netip.AddrPort) uint32 {
-	return maps.SlotOf(hashOf(client, s.address), uint32(len(s.ring)))
+	hash := maps.Tuple{Source: client, Destination: s.address, Protocol: s.protocol}.Hash()
+	return maps.SlotOf(hash, uint32(len(s.ring)))
 }
 
 // sharingFresh finds two clients that share a fresh bit in the first epoch, and neither slot nor exception bit.
@@ -471,10 +681,10 @@ func (s *scene) sharingFresh() (a, b *conversation) {
 	seen := map[uint32]netip.AddrPort{}
 	for port := 10000; port < 60000; port++ {
 		client := netip.AddrPortFrom(s.family.client, uint16(port))
-		hash := hashOf(client, s.service.address)
+		hash := s.hashOf(client, s.service.address)
 		other, found := seen[maps.FreshBit(hash, 0)]
 		if found && slotOf(s.service, client) != slotOf(s.service, other) &&
-			maps.ExceptionBit(hash) != maps.ExceptionBit(hashOf(other, s.service.address)) {
+			maps.ExceptionBit(hash) != maps.ExceptionBit(s.hashOf(other, s.service.address)) {
 			return s.clientAt(other), s.clientAt(client)
 		}
 		seen[maps.FreshBit(hash, 0)] = client

@@ -34,7 +34,7 @@ const (
 )
 
 const (
-	services = 2 // sizes of the maps
+	services = 3 // sizes of the maps
 	backends = 9
 	sources  = 4
 	pools    = 16
@@ -48,13 +48,15 @@ type dataplane struct {
 	cpu    int
 	queues map[uint32]*queues // by pool
 	want   counters
+	// protocol is that of the first service, TCP unless its plan says otherwise.
+	protocol uint8
 }
 
 // queues are a pool's two queues, and the ports it was given.
 type queues struct {
 	unused, handedOut *ebpf.Map
-	backend           backend
 	source            source
+	filled            bool
 }
 
 // counters are the sums over the CPUs.
@@ -65,36 +67,43 @@ type counters struct {
 	Backends [backends]bpf.FairleadTraffic
 }
 
-// setting changes what is about to be loaded.
-type setting func(*ebpf.CollectionSpec) error
+// setting changes what is about to be loaded. Those of one name change the same.
+type setting struct {
+	name   string
+	change func(*ebpf.CollectionSpec) error
+}
 
 func constant[T any](name string, value T) setting {
-	return func(spec *ebpf.CollectionSpec) error { return spec.Variables[name].Set(value) }
+	return setting{fmt.Sprint(name, "=", value), func(spec *ebpf.CollectionSpec) error {
+		return spec.Variables[name].Set(value)
+	}}
 }
 
 func capacity(name string, entries uint32) setting {
-	return func(spec *ebpf.CollectionSpec) error {
+	return setting{fmt.Sprint(name, ": ", entries), func(spec *ebpf.CollectionSpec) error {
 		spec.Maps[name].MaxEntries = entries
 		return nil
-	}
+	}}
 }
 
-// idle are data planes as the kernel loaded them, whose test has ended: the verifier takes its time.
-var idle struct {
+// idle are data planes as the kernel loaded them, by their settings, whose test has ended: the verifier takes its time.
+var idle = struct {
 	sync.Mutex
-	all []*bpf.FairleadObjects
-}
+	all map[string][]*bpf.FairleadObjects
+}{all: map[string][]*bpf.FairleadObjects{}}
 
 // load gives a test a data plane with small maps, as good as new. When the test ends, what must always hold is checked.
 func load(t *testing.T, settings ...setting) *dataplane {
 	t.Helper()
-	p := &dataplane{T: t, spec: smallSpec(t), queues: map[uint32]*queues{}}
+	p := &dataplane{T: t, spec: smallSpec(t), queues: map[uint32]*queues{}, protocol: unix.IPPROTO_TCP}
+	name := ""
 	for _, set := range settings {
-		p.must(set(p.spec))
+		p.must(set.change(p.spec))
+		name += set.name + " "
 	}
 	idle.Lock()
-	if last := len(idle.all) - 1; len(settings) == 0 && last >= 0 {
-		p.FairleadObjects, idle.all = *idle.all[last], idle.all[:last]
+	if last := len(idle.all[name]) - 1; last >= 0 {
+		p.FairleadObjects, idle.all[name] = *idle.all[name][last], idle.all[name][:last]
 	}
 	idle.Unlock()
 	if p.Fairlead == nil {
@@ -111,14 +120,14 @@ func load(t *testing.T, settings ...setting) *dataplane {
 			q.unused.Close()
 			q.handedOut.Close()
 		}
-		if t.Failed() || len(settings) > 0 {
+		if t.Failed() {
 			p.FairleadObjects.Close()
 			return
 		}
 		p.empty()
 		idle.Lock()
 		defer idle.Unlock()
-		idle.all = append(idle.all, &p.FairleadObjects)
+		idle.all[name] = append(idle.all[name], &p.FairleadObjects)
 	})
 	return p
 }
@@ -179,8 +188,8 @@ func (p *dataplane) empty() {
 				p.must(m.Put(i, each))
 			}
 		case ebpf.ArrayOfMaps:
-			if m == p.Rings {
-				if err := m.Delete(uint32(1)); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+			for id := uint32(0); m == p.Rings && id < services; id++ {
+				if err := m.Delete(id); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
 					p.must(err)
 				}
 			}
@@ -217,12 +226,43 @@ func familyOf(address netip.Addr) uint8 {
 	return uint8(bpf.FairleadFamilyFAMILY_IPV6)
 }
 
+// flagPorts says what port numbers may be to us.
+func (p *dataplane) flagPorts(flag bpf.FairleadPortFlag, first, last uint16) {
+	p.Helper()
+	set := new(bpf.FairleadPortSet)
+	p.must(p.PortFlags.Lookup(uint32(0), set))
+	for port := int(first); port <= int(last); port++ {
+		set.Flags[network(uint16(port))] |= uint8(flag)
+	}
+	p.must(p.PortFlags.Put(uint32(0), set))
+}
+
+// flagAddress says what an address is to us.
+func (p *dataplane) flagAddress(address netip.Addr, flags bpf.FairleadAddressFlag) {
+	p.Helper()
+	if address.Is4() {
+		p.must(p.Addresses4.Put(words(address)[0], uint32(flags)))
+	} else {
+		p.must(p.Addresses6.Put(bpf.FairleadAddress6{Address: words(address)}, uint32(flags)))
+	}
+}
+
+// serviceKey is the key of an address, port and protocol, and which of two maps it is for.
+func serviceKey(at netip.AddrPort, protocol uint8, map4, map6 *ebpf.Map) (*ebpf.Map, any) {
+	address := words(at.Addr())
+	if at.Addr().Is4() {
+		return map4, bpf.FairleadServiceKey4{Address: address[0], Port: network(at.Port()), Protocol: protocol}
+	}
+	return map6, bpf.FairleadServiceKey6{Address: address, Port: network(at.Port()), Protocol: protocol}
+}
+
 type service struct {
-	id      uint32
-	address netip.AddrPort
-	flags   bpf.FairleadServiceFlag
-	policy  bpf.FairleadDownPolicy
-	ring    []uint32
+	id       uint32
+	address  netip.AddrPort
+	protocol uint8
+	flags    bpf.FairleadServiceFlag
+	policy   bpf.FairleadDownPolicy
+	ring     []uint32
 }
 
 // setService writes the service and, where it has one, its ring.
@@ -231,14 +271,10 @@ func (p *dataplane) setService(s service) {
 	value := bpf.FairleadService{
 		Id: s.id, RingSize: uint32(len(s.ring)), Flags: uint16(s.flags), OnBackendDown: uint8(s.policy),
 	}
-	address := words(s.address.Addr())
-	if s.address.Addr().Is4() {
-		key := bpf.FairleadServiceKey4{Address: address[0], Port: network(s.address.Port()), Protocol: unix.IPPROTO_TCP}
-		p.must(p.Services4.Put(key, value))
-	} else {
-		key := bpf.FairleadServiceKey6{Address: address, Port: network(s.address.Port()), Protocol: unix.IPPROTO_TCP}
-		p.must(p.Services6.Put(key, value))
-	}
+	table, key := serviceKey(s.address, s.protocol, p.Services4, p.Services6)
+	p.must(table.Put(key, value))
+	p.flagPorts(bpf.FairleadPortFlagPORT_SERVICE, s.address.Port(), s.address.Port())
+	p.flagAddress(s.address.Addr(), bpf.FairleadAddressFlagADDRESS_SERVICE)
 	if len(s.ring) > 0 {
 		p.setRing(s.id, s.ring)
 	}
@@ -258,14 +294,19 @@ func (p *dataplane) setRing(id uint32, slots []uint32) {
 }
 
 type backend struct {
-	id      uint32
-	address netip.AddrPort
-	method  bpf.FairleadMethod
-	flags   bpf.FairleadBackendFlag
-	service uint32
-	mac     [6]byte
-	ifindex int
-	pools   []uint32
+	id           uint32
+	address      netip.AddrPort
+	protocol     uint8
+	method       bpf.FairleadMethod
+	flags        bpf.FairleadBackendFlag
+	service      uint32
+	mtu          uint32
+	mac          [6]byte
+	ifindex      int
+	tags         [2]uint16 // of frames to it, as the maps have them
+	pools        []uint32
+	tunnelSource netip.Addr
+	tunnelMask   uint32 // of the last word of its bytes, read as the host's
 }
 
 const up = bpf.FairleadBackendFlagBACKEND_UP | bpf.FairleadBackendFlagBACKEND_NEIGHBOR
@@ -274,14 +315,29 @@ func (p *dataplane) setBackend(b backend) {
 	p.Helper()
 	value := bpf.FairleadBackend{
 		Address: words(b.address.Addr()), Port: network(b.address.Port()), Family: familyOf(b.address.Addr()),
-		Method: uint8(b.method), Flags: uint32(b.flags), Service: b.service, Mtu: 1500,
-		HopIndex: 1, PoolCount: uint32(len(b.pools)),
+		Method: uint8(b.method), Flags: uint32(b.flags), Service: b.service, Mtu: b.mtu, Protocol: b.protocol,
+		HopIndex: 1, PoolCount: uint32(len(b.pools)), TunnelMask: b.tunnelMask,
+	}
+	if b.tunnelSource.IsValid() {
+		value.TunnelSource = words(b.tunnelSource)
+		p.must(p.Paths.Put(pathKey(b.address.Addr()), bpf.FairleadPath{}))
+		p.flagAddress(b.tunnelSource, bpf.FairleadAddressFlagADDRESS_TUNNEL)
+	}
+	if b.method == bpf.FairleadMethodMETHOD_NAT {
+		table, key := serviceKey(b.address, b.protocol, p.NatBackends4, p.NatBackends6)
+		p.must(table.Put(key, uint32(1)))
+		p.flagPorts(bpf.FairleadPortFlagPORT_BACKEND, b.address.Port(), b.address.Port())
 	}
 	// The half not in use is nobody's: a frame sent by it is seen.
 	value.Hop[0] = bpf.FairleadHop{Mac: mac("0e:ad:0e:ad:0e:ad"), SourceMac: mac("0e:ad:0e:ad:0e:ad"), Ifindex: 0xdead}
-	value.Hop[1] = bpf.FairleadHop{Mac: b.mac, SourceMac: b.sourceMAC(), Ifindex: uint32(b.ifindex)}
+	value.Hop[1] = bpf.FairleadHop{Mac: b.mac, SourceMac: b.sourceMAC(), Ifindex: uint32(b.ifindex), Vlan: b.tags}
 	copy(value.Pools[:], b.pools)
 	p.must(p.Backends.Put(b.id, value))
+}
+
+// pathKey is that of the way to a tunnel's end.
+func pathKey(end netip.Addr) bpf.FairleadPathKey {
+	return bpf.FairleadPathKey{Address: words(end), Family: uint32(familyOf(end))}
 }
 
 // sourceMAC is that of the edge's device towards the backend.
@@ -309,6 +365,8 @@ func (p *dataplane) setSource(s source) {
 	} else {
 		p.must(p.Sources6.Put(bpf.FairleadAddress6{Address: address}, s.id))
 	}
+	p.flagPorts(bpf.FairleadPortFlagPORT_SOURCE, s.first, s.last)
+	p.flagAddress(s.address, bpf.FairleadAddressFlagADDRESS_SOURCE)
 }
 
 // newPool makes a pool's queues, which have not a number's room to spare. setPools shows them to the programs.
@@ -321,23 +379,30 @@ func (p *dataplane) newPool(id uint32, b backend, s source) {
 		p.must(err)
 		return queue
 	}
-	p.queues[id] = &queues{newQueue(), newQueue(), b, s}
-	p.must(p.Pools.Put(id, bpf.FairleadPool{Source: s.id}))
+	p.queues[id] = &queues{unused: newQueue(), handedOut: newQueue(), source: s}
+	p.must(p.Pools.Put(id, bpf.FairleadPool{
+		Source: s.id, Address: words(b.address.Addr()), Port: network(b.address.Port()), Family: familyOf(b.address.Addr()),
+		Protocol: b.protocol,
+	}))
 }
 
-// setPools puts all pools in place at once (the kernel waits for its CPUs each time) and fills them: all ports of a
+// setPools puts all new pools in place at once (the kernel waits for its CPUs each time) and fills them: all ports of a
 // pool's source address are unused.
 func (p *dataplane) setPools() {
 	p.Helper()
-	var places, queues []uint32
+	fresh := map[uint32]*queues{}
+	var places, descriptors []uint32
 	for id, q := range p.queues {
-		places = append(places, id*2, id*2+1)
-		queues = append(queues, uint32(q.unused.FD()), uint32(q.handedOut.FD()))
+		if !q.filled {
+			fresh[id], q.filled = q, true
+			places = append(places, id*2, id*2+1)
+			descriptors = append(descriptors, uint32(q.unused.FD()), uint32(q.handedOut.FD()))
+		}
 	}
-	if _, err := p.Ports.BatchUpdate(places, queues, nil); err != nil {
+	if _, err := p.Ports.BatchUpdate(places, descriptors, nil); err != nil {
 		p.Fatal(err)
 	}
-	for id, q := range p.queues {
+	for id, q := range fresh {
 		count := uint32(q.source.last-q.source.first) + 1
 		for first := uint32(0); first < count; first += uint32(bpf.FairleadLimitsFILL_PORTS) {
 			request := bpf.FairleadFillRequest{
@@ -424,7 +489,7 @@ func (p *dataplane) check(in []byte, from device, action uint32, out []byte, wan
 	}
 	traffic := func(t *bpf.FairleadTraffic) {
 		switch {
-		case want.verdict >= bpf.FairleadVerdictRESET_UNKNOWN:
+		case want.verdict >= bpf.FairleadVerdictANSWER_ARP:
 			t.Refused++
 		case want.verdict >= bpf.FairleadVerdictREPLY_TABLE:
 			t.ReplyPackets++
@@ -459,11 +524,11 @@ func (p *dataplane) check(in []byte, from device, action uint32, out []byte, wan
 // actionFor is the action that carries out a verdict.
 func (p *dataplane) actionFor(want expectation, from device) uint32 {
 	switch v := want.verdict; {
-	case v <= bpf.FairleadVerdictPASS_REPLY_UNKNOWN:
+	case passes(v):
 		return xdpPass
 	case v >= bpf.FairleadVerdictDROP_TRUNCATED:
 		return xdpDrop
-	case v >= bpf.FairleadVerdictRESET_UNKNOWN || want.to == from.index:
+	case v >= bpf.FairleadVerdictANSWER_ARP || want.to == from.index:
 		return xdpTX
 	}
 	return xdpRedirect
@@ -538,44 +603,48 @@ func (p *dataplane) counted() (sum counters) {
 }
 
 // tuple4 and tuple6 are a map's keys for packets from source to destination.
-func tuple4(source, destination netip.AddrPort) bpf.FairleadTuple4 {
+func (s *scene) tuple4(source, destination netip.AddrPort) bpf.FairleadTuple4 {
 	return bpf.FairleadTuple4{
 		Saddr: words(source.Addr())[0], Daddr: words(destination.Addr())[0],
-		Sport: network(source.Port()), Dport: network(destination.Port()),
+		Sport: network(source.Port()), Dport: network(destination.Port()), Protocol: s.service.protocol,
 	}
 }
 
-func tuple6(source, destination netip.AddrPort) bpf.FairleadTuple6 {
+func (s *scene) tuple6(source, destination netip.AddrPort) bpf.FairleadTuple6 {
 	return bpf.FairleadTuple6{
 		Saddr: words(source.Addr()), Daddr: words(destination.Addr()),
-		Sport: network(source.Port()), Dport: network(destination.Port()),
+		Sport: network(source.Port()), Dport: network(destination.Port()), Protocol: s.service.protocol,
 	}
+}
+
+// tupleIn is the key of packets from source to destination in that of two maps which is their family's.
+func (s *scene) tupleIn(map4, map6 *ebpf.Map, source, destination netip.AddrPort) (table *ebpf.Map, key any) {
+	if source.Addr().Is4() {
+		return map4, s.tuple4(source, destination)
+	}
+	return map6, s.tuple6(source, destination)
 }
 
 // lookUp reads the entry of a pair of maps, one for each family.
-func lookUp[V any](p *dataplane, map4, map6 *ebpf.Map, source, destination netip.AddrPort) (value V, found bool) {
-	p.Helper()
-	var err error
-	if source.Addr().Is4() {
-		err = map4.Lookup(tuple4(source, destination), &value)
-	} else {
-		err = map6.Lookup(tuple6(source, destination), &value)
-	}
+func lookUp[V any](s *scene, map4, map6 *ebpf.Map, source, destination netip.AddrPort) (value V, found bool) {
+	s.Helper()
+	table, key := s.tupleIn(map4, map6, source, destination)
+	err := table.Lookup(key, &value)
 	if errors.Is(err, ebpf.ErrKeyNotExist) {
 		return value, false
 	}
-	p.must(err)
+	s.must(err)
 	return value, true
 }
 
-func (p *dataplane) connection(client, service netip.AddrPort) (bpf.FairleadConnection, bool) {
-	p.Helper()
-	return lookUp[bpf.FairleadConnection](p, p.Connections4, p.Connections6, client, service)
+func (s *scene) connection(client, service netip.AddrPort) (bpf.FairleadConnection, bool) {
+	s.Helper()
+	return lookUp[bpf.FairleadConnection](s, s.Connections4, s.Connections6, client, service)
 }
 
-func (p *dataplane) halfOpen(client, service netip.AddrPort) (bpf.FairleadHalfOpen, bool) {
-	p.Helper()
-	return lookUp[bpf.FairleadHalfOpen](p, p.HalfOpen4, p.HalfOpen6, client, service)
+func (s *scene) halfOpen(client, service netip.AddrPort) (bpf.FairleadHalfOpen, bool) {
+	s.Helper()
+	return lookUp[bpf.FairleadHalfOpen](s, s.HalfOpen4, s.HalfOpen6, client, service)
 }
 
 func (p *dataplane) control() (block bpf.FairleadControlBlock) {
@@ -603,20 +672,20 @@ func bit(words *[bpf.FairleadLimitsBITMAP_WORDS]uint64, place uint32) bool {
 	return words[place/64]>>(place%64)&1 != 0
 }
 
-func hashOf(client, service netip.AddrPort) uint64 {
-	return maps.Tuple{Source: client, Destination: service, Protocol: unix.IPPROTO_TCP}.Hash()
+func (s *scene) hashOf(client, service netip.AddrPort) uint64 {
+	return maps.Tuple{Source: client, Destination: service, Protocol: s.service.protocol}.Hash()
 }
 
 // fresh and exception tell a connection's bits.
-func (p *dataplane) fresh(client, service netip.AddrPort) bool {
-	p.Helper()
-	epoch := p.control().Epoch
-	return bit(&p.bitmaps().Fresh[epoch&1], maps.FreshBit(hashOf(client, service), epoch))
+func (s *scene) fresh(client, service netip.AddrPort) bool {
+	s.Helper()
+	epoch := s.control().Epoch
+	return bit(&s.bitmaps().Fresh[epoch&1], maps.FreshBit(s.hashOf(client, service), epoch))
 }
 
-func (p *dataplane) exception(client, service netip.AddrPort) bool {
-	p.Helper()
-	return bit(&p.bitmaps().Exception[p.control().ExceptionIndex&1], maps.ExceptionBit(hashOf(client, service)))
+func (s *scene) exception(client, service netip.AddrPort) bool {
+	s.Helper()
+	return bit(&s.bitmaps().Exception[s.control().ExceptionIndex&1], maps.ExceptionBit(s.hashOf(client, service)))
 }
 
 // checkTables checks what holds at all times: the counts are exact, connections and their ways back are pairs, and each
@@ -624,34 +693,43 @@ func (p *dataplane) exception(client, service netip.AddrPort) bool {
 func (p *dataplane) checkTables() {
 	p.Helper()
 	var count, young int64
-	pairs := map[string]uint32{} // of ways back that confirmed connections must have: generation
+	type pair struct {
+		generation uint32
+		sourcePort uint16 // 0: by nat
+	}
+	pairs := map[string]pair{} // ways back that confirmed connections must have
 	note := func(c bpf.FairleadConnection, reply any, name string) {
 		count++
 		young += int64(c.State) & int64(bpf.FairleadConnectionStateSTATE_YOUNG)
-		if c.SourcePort != 0 {
-			pairs[fmt.Sprint(reply, name)] = c.Generation
+		if c.State&uint32(bpf.FairleadConnectionStateSTATE_STATELESS) == 0 {
+			pairs[fmt.Sprint(reply, name)] = pair{c.Generation, c.SourcePort}
 		}
 	}
 	var backend bpf.FairleadBackend
-	var source bpf.FairleadSource
-	ends := func(c bpf.FairleadConnection) {
+	// to is whom the backend sees: a source address of ours, or, by nat, the client.
+	to := func(c bpf.FairleadConnection, client [4]uint32, port uint16) ([4]uint32, uint16) {
+		var source bpf.FairleadSource
 		p.must(p.Backends.Lookup(c.Backend, &backend))
+		if backend.Method == uint8(bpf.FairleadMethodMETHOD_NAT) {
+			return client, port
+		}
 		p.must(p.Sources.Lookup(uint32(c.Source), &source))
+		return source.Address, c.SourcePort
 	}
 	var connection bpf.FairleadConnection
 	var key4 bpf.FairleadTuple4
 	for entries := p.Connections4.Iterate(); entries.Next(&key4, &connection); {
-		ends(connection)
+		address, port := to(connection, [4]uint32{key4.Saddr}, key4.Sport)
 		reply := bpf.FairleadTuple4{
-			Saddr: backend.Address[0], Sport: backend.Port, Daddr: source.Address[0], Dport: connection.SourcePort,
+			Saddr: backend.Address[0], Sport: backend.Port, Daddr: address[0], Dport: port, Protocol: key4.Protocol,
 		}
 		note(connection, reply, fmt.Sprint(key4))
 	}
 	var key6 bpf.FairleadTuple6
 	for entries := p.Connections6.Iterate(); entries.Next(&key6, &connection); {
-		ends(connection)
+		address, port := to(connection, key6.Saddr, key6.Sport)
 		reply := bpf.FairleadTuple6{
-			Saddr: backend.Address, Sport: backend.Port, Daddr: source.Address, Dport: connection.SourcePort,
+			Saddr: backend.Address, Sport: backend.Port, Daddr: address, Dport: port, Protocol: key6.Protocol,
 		}
 		note(connection, reply, fmt.Sprint(key6))
 	}
@@ -663,11 +741,15 @@ func (p *dataplane) checkTables() {
 	out := map[uint32]map[uint16]bool{} // ports of confirmed connections that are in no queue, by pool
 	queued := map[uint32]map[uint16]bool{}
 	reply := func(name string, back bpf.FairleadWayBack, port uint16) {
-		generation, ok := pairs[name]
-		if !ok || generation != back.Generation {
-			p.Errorf("way back %s of generation %d: the connection has %d (found %t)", name, back.Generation, generation, ok)
+		client, ok := pairs[name]
+		if !ok || client.generation != back.Generation {
+			p.Errorf("way back %s of generation %d: the connection has %d (found %t)",
+				name, back.Generation, client.generation, ok)
 		}
 		delete(pairs, name)
+		if client.sourcePort == 0 {
+			return
+		}
 		place := out
 		if back.Token == uint32(bpf.FairleadTokenTOKEN_QUEUED) {
 			place = queued
@@ -739,7 +821,7 @@ func (p *dataplane) await(tick uint32) {
 
 // ringAnswer is the backend that the ring of a service names for a client, by Go's hash.
 func ringAnswer(s service, client netip.AddrPort) uint32 {
-	hash := hashOf(client, s.address)
+	hash := maps.Tuple{Source: client, Destination: s.address, Protocol: s.protocol}.Hash()
 	if s.flags&bpf.FairleadServiceFlagSERVICE_AFFINITY_CLIENT != 0 {
 		hash = maps.HashClient(client.Addr())
 	}

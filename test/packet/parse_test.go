@@ -106,7 +106,7 @@ func TestVariants(t *testing.T) {
 				v.make(&data)
 				c.seq = data.end()
 				c.send(data, c.settledVerdict())
-				if method == fullnat {
+				if rewrites(method) {
 					data := c.answer(ack, "")
 					v.make(&data)
 					c.ack = data.end()
@@ -137,7 +137,7 @@ func TestChecksums(t *testing.T) {
 		b := s.backends[0]
 		for _, after := range []bool{false, true} {
 			data := c.segment(ack, "\x00\x00")
-			at := data.tcpOffset() + 16
+			at := data.transportOffset() + 16
 			shape := data
 			if after {
 				shape = data.between(c.source, b.address)
@@ -152,7 +152,7 @@ func TestChecksums(t *testing.T) {
 		for _, wrong := range []uint16{0x0001, 0x8000, 0x1234, 0xfffe} {
 			data := c.segment(ack, "what")
 			frame := data.bytes()
-			at := data.tcpOffset() + 16
+			at := data.transportOffset() + 16
 			binary.BigEndian.PutUint16(frame[at:], binary.BigEndian.Uint16(frame[at:])^wrong)
 			action, out := s.run(s.Fairlead, frame, theKernel.front)
 			s.check(frame, theKernel.front, action, out,
@@ -174,7 +174,7 @@ func TestTruncated(t *testing.T) {
 		s.rebuildExceptions()
 		cut := func(whole segment) func(frame []byte) verdict {
 			return func(frame []byte) verdict {
-				if len(frame) < whole.tcpOffset()+4 {
+				if len(frame) < whole.transportOffset()+4 {
 					return passNotOurs
 				}
 				return dropTruncated
@@ -193,7 +193,7 @@ func TestTruncated(t *testing.T) {
 				c.sendRaw(data, frame[:n], expected(frame[:n]))
 			}
 			c.send(data, c.settledVerdict())
-			if method != fullnat {
+			if !rewrites(method) {
 				continue
 			}
 			data = c.answer(ack, "payload")
@@ -206,14 +206,17 @@ func TestTruncated(t *testing.T) {
 			}
 			c.reply(data, replyTable)
 		}
-		if method != fullnat {
+		if !rewrites(method) {
 			return
 		}
 		// To a port of ours that no connection has: the host's stack may tell what it thinks of it.
 		unknown := s.newClient()
-		unknown.backend, unknown.source = 1, netip.AddrPortFrom(s.sources[0].address, s.sources[0].last)
-		if unknown.source == c.source {
-			unknown.source = netip.AddrPortFrom(s.sources[0].address, s.sources[0].first)
+		unknown.backend = 1
+		if method == fullnat {
+			unknown.source = netip.AddrPortFrom(s.sources[0].address, s.sources[0].last)
+			if unknown.source == c.source {
+				unknown.source = netip.AddrPortFrom(s.sources[0].address, s.sources[0].first)
+			}
 		}
 		data := unknown.answer(ack, "payload")
 		frame, expected := data.bytes(), cut(data)
@@ -271,7 +274,7 @@ func TestBadLengths(t *testing.T) {
 				frame := data.bytes()
 				e.edit(frame)
 				c.sendRaw(data, frame, e.verdict)
-				if method == fullnat {
+				if rewrites(method) {
 					data = c.answer(ack, "")
 					data.options = []layers.TCPOption{{OptionType: layers.TCPOptionKindTimestamps, OptionLength: 10,
 						OptionData: make([]byte, 8)}}
@@ -293,46 +296,51 @@ func TestBadLengths(t *testing.T) {
 	})
 }
 
-// Fragments: TCP has no business being fragmented. A first one is dropped by name, a later one has no ports to be known
-// by; what is only called a fragment (RFC 6946) is whole.
+// A first fragment has the ports, and goes the way of its connection. A later one whose first was not seen has nothing
+// to be known by; what is only called a fragment (RFC 6946) is whole.
 func TestFragments(t *testing.T) {
 	eachMethod(t, func(t *testing.T, f family, method bpf.FairleadMethod) {
 		s := newScene(t, f, method, plan{})
 		c := s.newClient().open()
+		s.rebuildExceptions()
 		elsewhere := netip.AddrPortFrom(plus(f.service.Addr(), 7), f.service.Port())
 		type kind struct {
-			name            string
-			make            func(*segment)
-			verdict, others verdict // for a service, and for somebody else
+			name   string
+			make   func(*segment)
+			first  bool
+			others verdict // on one for somebody else
 		}
 		kinds := []kind{
-			{"first", func(s *segment) { s.df, s.mf = false, true }, dropFragment, passNotOurs},
-			{"middle", func(s *segment) { s.df, s.mf, s.offset = false, true, 180 }, passFragment, passFragment},
-			{"last", func(s *segment) { s.df, s.offset = false, 1 }, passFragment, passFragment},
+			{"middle", func(s *segment) { s.df, s.mf, s.offset = false, true, 180 }, false, passFragment},
+			{"last", func(s *segment) { s.df, s.offset = false, 1 }, false, passFragment},
+			{"first", func(s *segment) { s.df, s.mf = false, true }, true, passNotOurs},
 		}
 		if f.name == "ipv6" {
 			with := func(extensions ...extension) func(*segment) {
 				return func(s *segment) { s.extensions = extensions }
 			}
 			kinds = []kind{
-				{"first", with(firstFragment), dropFragment, passNotOurs},
-				{"first, behind other headers", with(hopByHop, routing, firstFragment, destination), dropFragment, passNotOurs},
-				{"last", with(laterFragment), passFragment, passFragment},
-				{"last, behind other headers", with(hopByHop, routing, laterFragment), passFragment, passFragment},
-				{"first, and inside a fragment called whole", with(firstFragment, atomic), dropFragment, passNotOurs},
+				{"last", with(laterFragment), false, passFragment},
+				{"last, behind other headers", with(hopByHop, routing, laterFragment), false, passFragment},
+				{"first", with(firstFragment), true, passNotOurs},
+				{"first, behind other headers", with(hopByHop, routing, firstFragment, destination), true, passNotOurs},
 			}
 		}
 		for _, k := range kinds {
 			t.Run(k.name, func(t *testing.T) {
 				s.in(t)
+				forwards, replies := passFragment, passFragment
+				if k.first {
+					forwards, replies = c.settledVerdict(), replyTable
+				}
 				data := c.segment(ack, "a fragment's payload")
 				k.make(&data)
-				c.send(data, k.verdict)
+				c.send(data, forwards)
 				c.send(data.between(c.client, elsewhere), k.others)
-				if method == fullnat {
+				if rewrites(method) {
 					data = c.answer(ack, "a fragment's payload")
 					k.make(&data)
-					c.reply(data, k.verdict)
+					c.reply(data, replies)
 				}
 			})
 		}
@@ -355,9 +363,9 @@ func TestFlags(t *testing.T) {
 				c.send(packet, dropBadFlags)
 			case flags&syn != 0:
 				c.send(packet, forwardNew)
-			case method == fullnat && flags&rst != 0:
+			case rewrites(method) && flags&rst != 0:
 				c.send(packet, dropUnknownRST)
-			case method == fullnat:
+			case rewrites(method):
 				c.send(packet, resetUnknown)
 			case flags&(rst|fin) != 0:
 				c.send(packet, forwardUnknown)
@@ -385,14 +393,14 @@ func TestFlagsEstablished(t *testing.T) {
 				c.send(packet, dropBadFlags)
 			case flags&syn != 0:
 				c.send(packet, forwardTable)
-			case flags&rst != 0, flags&fin != 0 && method == dsr:
+			case flags&rst != 0, flags&fin != 0 && !rewrites(method):
 				c.send(packet, forwardTable, closingSeen)
 			case flags&fin != 0:
 				c.send(packet, forwardTable)
 			default:
 				c.send(packet, c.settledVerdict())
 			}
-			if method != fullnat {
+			if !rewrites(method) {
 				continue
 			}
 			c = s.newClient().open()
@@ -415,7 +423,7 @@ func TestTimeToLive(t *testing.T) {
 			data := c.segment(ack, "far from home")
 			data.ttl = ttl
 			c.send(data, dropTTL)
-			if method == fullnat {
+			if rewrites(method) {
 				data = c.answer(ack, "far from home")
 				data.ttl = ttl
 				c.reply(data, dropTTL)
@@ -439,23 +447,23 @@ func TestNotOurs(t *testing.T) {
 		s := newScene(t, f, method, plan{})
 		c := s.newClient().open()
 		s.rebuildExceptions()
-		pass := func(name string, frame []byte) {
+		passAs := func(name string, frame []byte, v verdict) {
 			t.Run(name, func(t *testing.T) {
 				s.in(t)
 				action, out := s.run(s.Fairlead, frame, theKernel.front)
-				s.check(frame, theKernel.front, action, out, expectation{verdict: passNotOurs, frame: frame})
+				s.check(frame, theKernel.front, action, out, expectation{verdict: v, frame: frame})
 			})
 			s.in(t)
 		}
+		pass := func(name string, frame []byte) { passAs(name, frame, passNotOurs) }
 		plain := c.segment(ack, "plain")
 		c.send(plain, c.settledVerdict())
 		pass("another port", plain.between(c.client, netip.AddrPortFrom(f.service.Addr(), 80)).bytes())
 		pass("another address", plain.between(c.client, netip.AddrPortFrom(plus(f.service.Addr(), 1), 443)).bytes())
 		pass("from the service", plain.between(f.service, c.client).bytes())
 		frame := plain.bytes()
-		for _, tags := range []string{"\x81\x00\x00\x05", "\x88\xa8\x00\x07\x81\x00\x00\x05"} {
-			pass("tagged", []byte(string(frame[:12])+tags+string(frame[12:])))
-		}
+		pass("three tags", plain.tagged(tag{0x88a8, 7}, tag{0x8100, 5}, tag{0x8100, 6}).bytes())
+		pass("a tag, and nothing behind", plain.tagged(tag{0x8100, 5}).bytes()[:16])
 		for _, etherType := range []uint16{0, 46, uint16(layers.EthernetTypeARP), uint16(layers.EthernetTypeMPLSUnicast), 0xffff} {
 			other := append([]byte(nil), frame...)
 			binary.BigEndian.PutUint16(other[12:], etherType)
@@ -481,7 +489,11 @@ func TestNotOurs(t *testing.T) {
 		for _, number := range numbers {
 			other := append([]byte(nil), frame...)
 			other[protocol] = number
-			pass(fmt.Sprintf("protocol %d", number), other)
+			v := passNotOurs
+			if number == unix.IPPROTO_ICMP || number == unix.IPPROTO_ICMPV6 {
+				v = passICMP
+			}
+			passAs(fmt.Sprintf("protocol %d", number), other, v)
 		}
 		if f.name == "ipv6" {
 			for name, extensions := range map[string][]extension{
@@ -494,6 +506,18 @@ func TestNotOurs(t *testing.T) {
 				other.extensions = extensions
 				pass(name, other.bytes())
 			}
+		}
+		if method == nat {
+			b := s.backends[0]
+			answer := c.answer(ack, "not me")
+			pass("from a backend, another port", answer.between(netip.AddrPortFrom(b.address.Addr(), 22), c.client).bytes())
+			pass("from another address, a backend's port",
+				answer.between(netip.AddrPortFrom(plus(b.address.Addr(), 1), b.address.Port()), c.client).bytes())
+			// From a backend and its port, of no connection: what it has with others is its own affair.
+			stranger := answer.between(b.address, netip.AddrPortFrom(plus(f.client, 99), 7))
+			c.reply(stranger, passReplyUnknown)
+			stranger.ttl = 1
+			c.reply(stranger, passReplyUnknown)
 		}
 		if method != fullnat {
 			return

@@ -226,10 +226,10 @@ func TestHalfOpenForgotten(t *testing.T) {
 	each(t, func(t *testing.T, f family) {
 		s := newScene(t, f, fullnat, plan{ports: 2})
 		clients, replies := s.HalfOpen4, s.HalfReplies4
-		key := func(a, b netip.AddrPort) any { return tuple4(a, b) }
+		key := func(a, b netip.AddrPort) any { return s.tuple4(a, b) }
 		if !f.client.Is4() {
 			clients, replies = s.HalfOpen6, s.HalfReplies6
-			key = func(a, b netip.AddrPort) any { return tuple6(a, b) }
+			key = func(a, b netip.AddrPort) any { return s.tuple6(a, b) }
 		}
 		backend := s.backends[0].address
 

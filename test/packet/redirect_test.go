@@ -90,10 +90,7 @@ func TestRedirect(t *testing.T) {
 
 			data := c.segment(ack|psh, "by which way?")
 			b := s.backends[0]
-			want := data.routed(b.sourceMAC(), b.mac)
-			if method == fullnat {
-				want = want.between(c.source, b.address)
-			}
+			want := c.forwarded(data, 0)
 			s.live(data.bytes(), theKernel.front)
 			near, far := front, back
 			if twoArms {
@@ -105,13 +102,13 @@ func TestRedirect(t *testing.T) {
 			if got := far.next(b.mac, 0); got != nil {
 				t.Errorf("on the other wire %x", got)
 			}
-			if method == fullnat {
+			if rewrites(method) {
 				data = c.answer(ack|psh, "this way")
 				from := theKernel.front
 				if twoArms {
 					from = theKernel.back
 				}
-				want = data.routed(edgeMAC, c.router).between(f.service, c.client)
+				want = c.replied(data, 0)
 				s.live(data.bytes(), from)
 				if got := front.next(c.router, 5*time.Second); !bytes.Equal(got, want.bytes()) {
 					t.Errorf("on the clients' wire %x\nwant %x", got, want.bytes())
@@ -122,7 +119,7 @@ func TestRedirect(t *testing.T) {
 			lost := s.newClient()
 			lost.router = c.router
 			lost.router[1] = 1
-			if method == fullnat {
+			if rewrites(method) {
 				packet := lost.segment(ack, "who am I?")
 				s.live(packet.bytes(), theKernel.front)
 				if got := front.next(lost.router, 5*time.Second); !bytes.Equal(got, packet.reset().bytes()) {

@@ -1,6 +1,7 @@
 package packet
 
 import (
+	"net/netip"
 	"strings"
 	"testing"
 
@@ -80,10 +81,10 @@ func TestResetSYN(t *testing.T) {
 		c := s.newClient()
 		c.send(c.segment(rst, ""), dropUnknownRST)
 		v := resetUnknown
-		if method == dsr {
+		if !rewrites(method) {
 			v = resetNoBackend
 		}
-		if method == dsr {
+		if !rewrites(method) {
 			c.send(c.segment(ack, ""), v)
 		}
 	})
@@ -120,7 +121,7 @@ func TestTableFull(t *testing.T) {
 		s.count(3, 0)
 
 		late := s.newClient()
-		if method == fullnat {
+		if rewrites(method) {
 			late.send(late.segment(syn, ""), resetTableFull, tableFull)
 			late.send(late.segment(ack, ""), resetUnknown)
 			early.reply(early.answer(syn|ack, ""), replyHalfOpen)
@@ -143,7 +144,7 @@ func TestTableFull(t *testing.T) {
 		early.send(early.segment(ack, ""), forwardHalfOpen, confirmed)
 		s.count(3, int64(early.entry().State&uint32(bpf.FairleadConnectionStateSTATE_YOUNG)))
 		again := s.newClient()
-		if method == fullnat {
+		if rewrites(method) {
 			again.send(again.segment(syn, ""), resetTableFull, tableFull)
 		}
 	})
@@ -159,14 +160,14 @@ func TestInsertFailed(t *testing.T) {
 		c := s.newClient()
 		c.send(c.segment(syn, ""), forwardNew)
 		synAck := c.answer(syn|ack, "")
-		if method == fullnat {
+		if rewrites(method) {
 			c.reply(synAck, replyHalfOpen)
 		}
 		c.send(c.segment(ack, ""), forwardHalfOpen, insertFailed)
 		c.send(c.segment(ack, "data"), forwardHalfOpen, insertFailed)
 		living.send(living.segment(ack, ""), living.settledVerdict())
 		s.count(1, 0)
-		if method == dsr {
+		if !rewrites(method) {
 			return
 		}
 		// Room for the connection, none for its way back.
@@ -201,7 +202,7 @@ func TestBackendDown(t *testing.T) {
 
 			// Before the ring knows.
 			reset := policy == bpf.FairleadDownPolicyDOWN_RESET ||
-				policy == bpf.FairleadDownPolicyDOWN_REHASH && method == fullnat
+				policy == bpf.FairleadDownPolicyDOWN_REHASH && rewrites(method)
 			switch {
 			case reset:
 				c.send(c.segment(ack|psh, "are you there?"), resetBackendDown)
@@ -211,7 +212,7 @@ func TestBackendDown(t *testing.T) {
 				c.send(c.segment(ack|psh, "are you there?"), c.settledVerdict())
 			}
 			other.send(other.segment(ack, ""), other.settledVerdict())
-			if method == fullnat {
+			if rewrites(method) {
 				// A backend that is called down may be heard still.
 				c.reply(c.answer(ack, "I am"), replyTable)
 			}
@@ -240,7 +241,7 @@ func TestBackendDown(t *testing.T) {
 
 			// The half-open connection's handshake ends; its client's next SYN is for a living backend.
 			half.backend = 2
-			if method == fullnat {
+			if rewrites(method) {
 				half.send(half.segment(ack, ""), resetUnknown)
 			}
 			half.seq += 77
@@ -248,12 +249,12 @@ func TestBackendDown(t *testing.T) {
 			half.finishOpening()
 
 			// So is the SYN of a client whose connection was there: the old entry gives way to the new.
-			if policy != bpf.FairleadDownPolicyDOWN_REHASH || method == fullnat {
+			if policy != bpf.FairleadDownPolicyDOWN_REHASH || rewrites(method) {
 				before := s.control().Connections
 				c.backend = 2
 				c.seq += 99
 				c.send(c.segment(syn, ""), forwardNew)
-				if method == fullnat {
+				if rewrites(method) {
 					c.reply(c.answer(syn|ack, ""), replyHalfOpen)
 				} else {
 					c.answer(syn|ack, "")
@@ -424,5 +425,52 @@ func TestResetOfStrangeFrames(t *testing.T) {
 		}
 		lost.ethSource = mac("06:05:04:03:02:01")
 		c.send(lost, resetUnknown)
+	})
+}
+
+// At an address of XDP's own nobody else would answer a backend whose connection is unknown: it is told here.
+func TestResetReply(t *testing.T) {
+	each(t, func(t *testing.T, f family) {
+		eachProtocol(t, plan{}, func(t *testing.T, p plan) {
+			s := newScene(t, f, fullnat, plan{twoArms: true, udp: p.udp,
+				settings: []setting{constant("answers_a_tick", uint32(1000))}})
+			s.flagAddress(f.source, bpf.FairleadAddressFlagADDRESS_SOURCE|bpf.FairleadAddressFlagADDRESS_OWN)
+			c := s.newClient().open()
+			c.talks()
+			unknown := s.newClient()
+			unknown.backend, unknown.source = 1, netip.AddrPortFrom(f.source, c.source.Port()^1)
+			for _, v := range variants(f) {
+				for _, flags := range []uint8{ack, syn | ack, syn, fin | ack, psh | ack} {
+					late := unknown.answer(flags, "late")
+					v.make(&late)
+					unknown.reply(late, resetReplyUnknown)
+				}
+			}
+			late := unknown.answer(ack, "late")
+			late.ttl = 1 // it was for us, and had arrived
+			unknown.reply(late, resetReplyUnknown)
+			if !p.udp {
+				// RST is never answered.
+				unknown.reply(unknown.answer(rst, ""), dropUnknownRST)
+				unknown.reply(unknown.answer(rst|ack, ""), dropUnknownRST)
+			}
+			// What can't be read whole can't be answered: whatever was seen before it.
+			frame := late.bytes()
+			for n := late.transportOffset() + 4; n < len(frame); n++ {
+				unknown.replyRaw(late, frame[:n], dropTruncated)
+			}
+			c.talks()
+			s.remove(c)
+			c.reply(c.answer(ack, "are you there?"), resetReplyUnknown)
+
+			// At an address that the host holds, the host's stack answers.
+			s.flagAddress(f.source, bpf.FairleadAddressFlagADDRESS_SOURCE)
+			c.reply(c.answer(ack, "are you there?"), passReplyUnknown)
+		})
+		s := newScene(t, f, fullnat, plan{udp: true, settings: []setting{constant("answers_a_tick", uint32(0))}})
+		s.flagAddress(f.source, bpf.FairleadAddressFlagADDRESS_OWN)
+		c := s.newClient()
+		c.backend, c.source = 1, netip.AddrPortFrom(f.source, s.sources[0].last)
+		c.reply(c.response("late"), dropLimited)
 	})
 }

@@ -21,16 +21,17 @@ const (
 )
 
 // record asks `tend` for something of a connection as it was seen.
-func record(what bpf.FairleadTendWhat, client, service netip.AddrPort, generation, seen uint32) bpf.FairleadTendRecord {
+func (s *scene) record(what bpf.FairleadTendWhat, client, service netip.AddrPort, generation, seen uint32) bpf.FairleadTendRecord {
 	r := bpf.FairleadTendRecord{What: uint32(what), Generation: generation, Seen: seen}
 	if !client.Addr().Is4() {
-		r.Tuple = tuple6(client, service)
+		r.Tuple = s.tuple6(client, service)
 		return r
 	}
-	key := tuple4(client, service)
+	key := s.tuple4(client, service)
 	r.Tuple.Saddr[0], r.Tuple.Saddr[1] = key.Saddr, key.Daddr
 	ports := binary.NativeEndian.AppendUint16(binary.NativeEndian.AppendUint16(nil, key.Sport), key.Dport)
 	r.Tuple.Saddr[2] = binary.NativeEndian.Uint32(ports)
+	r.Tuple.Saddr[3] = binary.NativeEndian.Uint32([]byte{key.Protocol, 0, 0, 0})
 	return r
 }
 
@@ -63,7 +64,7 @@ func (s *scene) tend(records ...bpf.FairleadTendRecord) []bpf.FairleadTendWhat {
 func (c *conversation) asSeen(what bpf.FairleadTendWhat) bpf.FairleadTendRecord {
 	c.Helper()
 	entry := c.entry()
-	return record(what, c.client, c.scene.service.address, entry.Generation, entry.Seen)
+	return c.record(what, c.client, c.scene.service.address, entry.Generation, entry.Seen)
 }
 
 // remove ends a connection as the daemon does: only what is closing or idle goes.
@@ -108,7 +109,7 @@ func TestTend(t *testing.T) {
 			other = seen
 			other.Generation++
 			s.tendWant("another generation", tendAbsent, other)
-			s.tendWant("a stranger", tendAbsent, record(what, stranger.client, f.service, seen.Generation, seen.Seen))
+			s.tendWant("a stranger", tendAbsent, s.record(what, stranger.client, f.service, seen.Generation, seen.Seen))
 		}
 		s.tendWant("a connection is not half-open", tendAbsent, c.asSeen(tendRemoveHalfOpen))
 		if c.entry().State&uint32(bpf.FairleadConnectionStateSTATE_IDLE) != 0 || s.exception(c.client, f.service) {
@@ -129,7 +130,7 @@ func TestTend(t *testing.T) {
 				t.Fatalf("not taken back: %+v", entry)
 			}
 		}
-		if method == fullnat { // by the backend's packet as well
+		if rewrites(method) { // by the backend's packet as well
 			s.tendWant("mark idle", tendDone, c.asSeen(tendMarkIdle))
 			c.reply(c.answer(ack, "ping"), replyTable, takenBack)
 		}
@@ -147,7 +148,7 @@ func TestTend(t *testing.T) {
 		s.remove(c)
 		s.count(0, 0)
 		s.tendWant("removed", tendAbsent, before)
-		if method == fullnat {
+		if rewrites(method) {
 			c.send(c.segment(ack, ""), resetUnknown)
 			c.reply(c.answer(ack, "?"), passReplyUnknown)
 		} else {
@@ -170,7 +171,7 @@ func TestTendMany(t *testing.T) {
 			c := s.newClient()
 			open = append(open, c.open())
 			s.tendWant("mark idle", tendDone, c.asSeen(tendMarkIdle))
-			records = append(records, c.asSeen(tendRemove), record(tendRemove, s.newClient().client, f.service, 0, 0))
+			records = append(records, c.asSeen(tendRemove), s.record(tendRemove, s.newClient().client, f.service, 0, 0))
 		}
 		s.count(40, 0)
 		var want []bpf.FairleadTendWhat
@@ -204,7 +205,7 @@ func TestTendHalfOpen(t *testing.T) {
 		c := s.newClient()
 		c.send(c.segment(syn, ""), forwardNew)
 		half, _ := s.halfOpen(c.client, f.service)
-		ask := record(tendRemoveHalfOpen, c.client, f.service, half.Generation, 0)
+		ask := s.record(tendRemoveHalfOpen, c.client, f.service, half.Generation, 0)
 		other := ask
 		other.Generation++
 		if answers := s.tend(ask, other); s.tick()-half.First < life &&
@@ -238,7 +239,7 @@ func TestHalfOpenLife(t *testing.T) {
 		}
 		last, _ := s.halfOpen(d.client, f.service)
 		s.await(last.First + life)
-		if method == fullnat {
+		if rewrites(method) {
 			c.reply(answer, passReplyUnknown)
 			c.send(c.segment(ack, ""), resetUnknown)
 			// The ports come home, and nobody was robbed of them.

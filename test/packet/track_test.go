@@ -29,7 +29,7 @@ const (
 )
 
 func ahead(method bpf.FairleadMethod) uint32 {
-	if method == dsr {
+	if !rewrites(method) {
 		return fitAheadStateless
 	}
 	return fitAhead
@@ -67,7 +67,7 @@ func TestSpoofed(t *testing.T) {
 			t.Error("an exception was made of the connection")
 		}
 		s.count(1, 0)
-		if method == fullnat {
+		if rewrites(method) {
 			c.reply(c.answer(ack, "data"), replyTable)
 		}
 		c.send(c.segment(ack, ""), forwardTable)
@@ -129,7 +129,7 @@ func TestClosingTakenBack(t *testing.T) {
 				t.Error("want the exception bit, and no fresh bit")
 			}
 			c.seq = seq
-			if method == fullnat { // the backend alone can't say that the client lives
+			if rewrites(method) { // the backend alone can't say that the client lives
 				c.reply(c.answer(ack, "hm"), replyTable)
 			}
 			c.send(c.segment(ack|psh, "I live"), forwardTable, takenBack)
@@ -193,13 +193,13 @@ func TestNearFIN(t *testing.T) {
 	eachMethod(t, func(t *testing.T, f family, method bpf.FairleadMethod) {
 		s := newScene(t, f, method, plan{backends: 2, ports: 100})
 		all := noReplies | clientFIN | clientFINKnown
-		if method == fullnat {
+		if rewrites(method) {
 			all = clientFIN | clientFINKnown | backendFIN | backendFINKnown
 		}
 		// closed is a connection that FINs have ended.
 		closed := func() *conversation {
 			c := s.newClient().open()
-			if method == fullnat {
+			if rewrites(method) {
 				c.reply(c.answer(fin|ack, "bye"), replyTable)
 			}
 			c.send(c.segment(fin|ack, "bye"), forwardTable, closingSeen)
@@ -222,7 +222,7 @@ func TestNearFIN(t *testing.T) {
 				c.state(all &^ (fin | known))
 			}
 			s.rebuildExceptions()
-			if method == dsr && s.exception(c.client, f.service) == forgotten {
+			if !rewrites(method) && s.exception(c.client, f.service) == forgotten {
 				t.Errorf("%d behind the FIN: exception bit %t after the next rebuild", behind, !forgotten)
 			}
 			switch {
@@ -232,7 +232,7 @@ func TestNearFIN(t *testing.T) {
 			case !forgotten:
 				say(0, again...)
 				c.state(all)
-			case method == fullnat:
+			case rewrites(method):
 				say(0)
 				c.state(all &^ (fin | known))
 			default: // by ring alone: a grown connection's packet was seen in the table before
@@ -241,7 +241,7 @@ func TestNearFIN(t *testing.T) {
 			}
 		}
 		distances := []uint32{0, 1, 1460, finNear - 1, finNear, 1<<32 - 1, 1<<32 - 12345}
-		if method == dsr {
+		if !rewrites(method) {
 			distances = append(distances, finNear+1, 1<<20, 1<<31)
 		}
 		for _, behind := range distances {
@@ -253,7 +253,7 @@ func TestNearFIN(t *testing.T) {
 				c.seq = seq
 			})
 		}
-		if method == dsr {
+		if !rewrites(method) {
 			return
 		}
 		// Where replies are seen, numbers of a client so far behind the last ones noted are not believed at all.
@@ -306,14 +306,14 @@ func TestSYNTouchesMarked(t *testing.T) {
 		idleToo.send(idleToo.segment(fin|ack, ""), forwardTable, idleToo.closingAlone()...)
 		s.tendWant("mark idle", tendDone, idleToo.asSeen(tendMarkIdle))
 		own := uint32(0)
-		if method == dsr {
+		if !rewrites(method) {
 			own = noReplies
 		}
 		marked := map[*conversation]uint32{
 			grown: own, idle: own | idleMark, reset: own | clientReset, ended: own | clientFIN | clientFINKnown,
 			idleToo: own | clientFIN | clientFINKnown | idleMark,
 		}
-		if method == fullnat {
+		if rewrites(method) {
 			other := s.newClient().open()
 			other.reply(other.answer(fin|ack, ""), replyTable)
 			marked[other] = backendFIN | backendFINKnown
@@ -338,7 +338,7 @@ func TestSYNTouchesMarked(t *testing.T) {
 			if after != want {
 				t.Errorf("entry %+v\nwant  %+v", after, want)
 			}
-			if method == dsr && (s.fresh(c.client, f.service) || s.exception(c.client, f.service) != (c != grown)) {
+			if !rewrites(method) && (s.fresh(c.client, f.service) || s.exception(c.client, f.service) != (c != grown)) {
 				t.Errorf("%s: state %#x: fresh bit %t, exception bit %t", c.client, state,
 					s.fresh(c.client, f.service), s.exception(c.client, f.service))
 			}

@@ -91,8 +91,8 @@ func (s site) wanted(idle time.Duration, members ...member) maps.WantedService {
 
 func (s site) wantedPorts(idle time.Duration, first, last uint16, members ...member) maps.WantedService {
 	w := maps.WantedService{
-		Name: s.name(), Address: s.address(kindService, 1), Port: servicePort, Protocol: unix.IPPROTO_TCP,
-		RingSize: ringSize, IdleTimeout: idle,
+		Name: s.name(), Keys: []netip.AddrPort{s.service()}, Protocol: unix.IPPROTO_TCP, RingSize: ringSize,
+		IdleTimeout: idle,
 	}
 	for _, m := range members {
 		b := maps.WantedBackend{

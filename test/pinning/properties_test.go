@@ -17,6 +17,7 @@ import (
 	"fairlead/maps"
 
 	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
 )
 
 // The seven properties of "Why ring first is right", each with tests of its own. A comment says what would make them
@@ -723,13 +724,14 @@ func (p *plane) age(k *connection, ticks uint32) {
 	p.must(table.Put(key, &entry))
 }
 
-// key is the connection's key in the tables: addresses and ports as on the wire.
+// key is the connection's key in the tables: addresses and ports as on the wire, and the protocol.
 func (k *connection) key() []byte { return wireTuple(k.tuple.Source, k.tuple.Destination) }
 
 func wireTuple(source, destination netip.AddrPort) []byte {
 	b := slices.Concat(source.Addr().AsSlice(), destination.Addr().AsSlice())
 	b = binary.BigEndian.AppendUint16(b, source.Port())
-	return binary.BigEndian.AppendUint16(b, destination.Port())
+	b = binary.BigEndian.AppendUint16(b, destination.Port())
+	return append(b, unix.IPPROTO_TCP, 0, 0, 0)
 }
 
 // Fails if the Manager or `tend` removes what is younger, or never what is older.

@@ -17,6 +17,7 @@ import (
 
 	"fairlead/loader"
 	"fairlead/maps"
+	"fairlead/userspace/announce"
 	"fairlead/userspace/config"
 	"fairlead/userspace/neighbor"
 )
@@ -38,8 +39,13 @@ type daemon struct {
 	loader   *loader.Loader
 	manager  *maps.Manager
 	moved    chan []neighbor.NextHop
-	hostPort config.PortRange
-	applied  maps.Wanted // what the maps hold
+	local    config.PortRange // that the host's own connections take their ports from
+	hostPort config.PortRange // that this leaves for fullnat
+	applied  maps.Wanted      // what the maps hold
+
+	announcer *announce.Announcer
+	held      map[netip.Addr]string // addresses of the host's own, and their interfaces
+	needs     needs                 // of the devices
 }
 
 // Run is the daemon, until ctx ends. Then the programs stay attached and go on forwarding: a stop ends no connection.
@@ -55,7 +61,10 @@ func Run(ctx context.Context, opts Options) (err error) {
 	if d.config, err = read(opts.Config); err != nil {
 		return err
 	}
-	if d.hostPort, err = defaultSourcePorts(); err != nil {
+	if d.local, err = localPorts(); err != nil {
+		return err
+	}
+	if d.hostPort, err = defaultSourcePorts(d.local); err != nil {
 		return err
 	}
 	d.watcher, err = neighbor.New(neighbor.Options{
@@ -73,7 +82,11 @@ func Run(ctx context.Context, opts Options) (err error) {
 	d.watcher.SetDestinations(destinations(d.config))
 	tasks, ctx := errgroup.WithContext(ctx)
 	tasks.Go(func() error { return d.watcher.Run(ctx) })
-	if err := d.start(ctx); err != nil {
+	err = d.start(ctx)
+	if err == nil {
+		err = d.own(ctx, tasks)
+	}
+	if err != nil {
 		cancel()
 		return errors.Join(err, tasks.Wait(), d.close())
 	}
@@ -83,6 +96,8 @@ func Run(ctx context.Context, opts Options) (err error) {
 
 	// Steady state.
 	tasks.Go(func() error { return d.manager.Keep(ctx) })
+	tasks.Go(func() error { return d.followDevices(ctx) })
+	tasks.Go(func() error { return d.complain(ctx) })
 	tasks.Go(func() error { return d.follow(ctx, opts.Reload) })
 	err = tasks.Wait()
 
@@ -119,7 +134,7 @@ func read(path string) (*config.Config, error) {
 const nextHopsTime = 2 * time.Second
 
 func (d *daemon) start(ctx context.Context) error {
-	d.drain(ctx, d.watcher.Ready()) // the maps are not there yet: they will ask for what was told
+	d.drain(ctx, d.watcher.Ready(), nextHopsTime) // the maps are not there yet: they will ask for what was told
 	wanted, err := d.wanted(d.config)
 	if err != nil {
 		return err
@@ -136,9 +151,12 @@ func (d *daemon) start(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	if d.needs, err = d.needsOf(d.config, interfaces); err != nil {
+		return err
+	}
 	options := loader.Options{
 		PinPath: d.config.Dataplane.PinPath, Interfaces: interfaces, Mode: loader.XDPMode(d.config.Dataplane.XDP.String()),
-		Settings: settings, Logger: d.log,
+		Settings: settings, Logger: d.log, VLAN: d.needs.vlan, Targets: d.needs.targets,
 	}
 	if err := d.check(options); err != nil {
 		return err
@@ -152,6 +170,9 @@ func (d *daemon) start(ctx context.Context) error {
 		Tend: programs.Tend, Fill: programs.Fill, Epoch: d.config.Dataplane.Epoch, Logger: d.log,
 	})
 	if err != nil {
+		return err
+	}
+	if err := d.devices(); err != nil {
 		return err
 	}
 	d.watcher.SetDestinations(d.destinationsInUse())
@@ -187,8 +208,8 @@ func (d *daemon) check(options loader.Options) error {
 }
 
 // drain waits for a channel and answers what the watcher had to tell meanwhile: it must not wait for us.
-func (d *daemon) drain(ctx context.Context, until <-chan struct{}) (moved []neighbor.NextHop) {
-	timeout := time.After(nextHopsTime)
+func (d *daemon) drain(ctx context.Context, until <-chan struct{}, most time.Duration) (moved []neighbor.NextHop) {
+	timeout := time.After(most)
 	for {
 		select {
 		case <-until:
@@ -235,7 +256,7 @@ func (d *daemon) reload(ctx context.Context) error {
 		return err
 	}
 	d.watcher.SetDestinations(append(destinations(cfg), d.destinationsInUse()...))
-	moved := d.drain(ctx, d.resolved(ctx, cfg))
+	moved := d.drain(ctx, d.resolved(ctx, cfg), nextHopsTime)
 	defer func() {
 		if later := d.nextHopsChanged(moved); later != nil {
 			d.log.Error("follow next hops", "err", later)
@@ -256,6 +277,9 @@ func (d *daemon) reload(ctx context.Context) error {
 	}
 	d.config = cfg
 	d.watcher.SetDestinations(d.destinationsInUse())
+	if err := d.claim(cfg); err != nil {
+		d.log.Error("announce addresses", "err", err)
+	}
 	d.log.Info("reloaded", "services", len(cfg.Services))
 	return nil
 }
@@ -290,9 +314,15 @@ func (d *daemon) replace(cfg *config.Config) error {
 	// Sizes are those of the maps, whatever the configuration says.
 	inForce := d.loader.Settings()
 	settings.Connections, settings.HalfOpen = inForce.Connections, inForce.HalfOpen
-	if settings == inForce && sameInterfaces(d.loader.Attachments(), interfaces) {
+	needs, err := d.needsOf(cfg, interfaces)
+	if err != nil {
+		return err
+	}
+	if settings == inForce && sameInterfaces(d.loader.Attachments(), interfaces) && needs.equal(d.needs) {
 		return nil
 	}
+	d.loader.SetNeeds(needs.vlan, needs.targets)
+	d.needs = needs
 	if err := d.loader.Replace(settings, interfaces); err != nil {
 		return err
 	}

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 
 	"fairlead/loader"
 	"fairlead/maps"
@@ -75,15 +76,14 @@ var policies = map[config.DownPolicy]maps.DownPolicy{
 func (d *daemon) wanted(cfg *config.Config) (maps.Wanted, error) {
 	var w maps.Wanted
 	var errs []error
+	if err := d.lookAtHost(); err != nil {
+		return w, err
+	}
 	for i, s := range cfg.Services {
 		ws := maps.WantedService{
-			Name: s.Name, Address: s.Address, Port: s.Port, Protocol: s.Protocol.Number(), RingSize: s.RingSize,
+			Name: s.Name, Keys: slices.Collect(s.Endpoints()), Protocol: s.Protocol.Number(), RingSize: s.RingSize,
 			AffinityClient: s.Affinity == config.AffinityClient, OnBackendDown: policies[s.OnBackendDown],
 			IdleTimeout: s.IdleTimeout,
-		}
-		ports := s.SourcePorts
-		if ports.IsZero() {
-			ports = d.hostPort
 		}
 		for j, b := range s.Backends {
 			if hop, ok := d.watcher.Lookup(b.Address); ok && s.Method == config.MethodDSR && hop.Gateway.IsValid() {
@@ -94,10 +94,19 @@ func (d *daemon) wanted(cfg *config.Config) (maps.Wanted, error) {
 			wb := maps.WantedBackend{
 				Name: b.Name, Address: b.Address, Port: b.Port, Method: methods[s.Method], Weight: b.Weight,
 			}
+			if s.Method == config.MethodIPIP || s.Method == config.MethodGUE {
+				wb.Tunnel = d.tunnelSource(s, b)
+			}
 			for _, source := range d.sources(s, b) {
+				ports, err := d.sourcePorts(cfg, i, source)
+				if err != nil {
+					errs = append(errs, err)
+					continue
+				}
 				if other, overlaps := cfg.ServiceWithin(source, s.Protocol, ports); overlaps {
+					port, _ := other.PortWithin(ports)
 					errs = append(errs, cfg.Refuse(fmt.Sprintf("services[%d].source_ports", i),
-						fmt.Sprintf("source ports %v of %v hold port %d of service %s", ports, source, other.Port, other.Name),
+						fmt.Sprintf("source ports %v of %v hold port %d of service %s", ports, source, port, other.Name),
 						"give source_ports that leave it out, or other source_addresses"))
 					continue
 				}
@@ -124,6 +133,47 @@ func (d *daemon) sources(s config.Service, b config.Backend) []netip.Addr {
 	return nil
 }
 
+// sourcePorts are the ports of a source address: as configured; else all of them on an address of XDP's own, and on one
+// of the host's what its local port range leaves. None may meet a connection of the host's own.
+func (d *daemon) sourcePorts(cfg *config.Config, service int, source netip.Addr) (config.PortRange, error) {
+	s := cfg.Services[service]
+	_, held := d.hostHolds(source)
+	switch {
+	case s.SourcePorts.IsZero() && !held:
+		return config.PortRange{First: 1024, Last: 65535}, nil
+	case s.SourcePorts.IsZero():
+		return d.hostPort, nil
+	case held && s.SourcePorts.First <= d.local.Last && d.local.First <= s.SourcePorts.Last:
+		return config.PortRange{}, cfg.Refuse(fmt.Sprintf("services[%d].source_ports", service),
+			fmt.Sprintf("ports %v of %v meet the host's own, which uses %v (net.ipv4.ip_local_port_range)", s.SourcePorts,
+				source, d.local),
+			fmt.Sprintf("take ports outside, such as %v, or a source address that the host does not hold", d.hostPort))
+	}
+	return s.SourcePorts, nil
+}
+
+// tunnelSource is what outer packets to a backend come from: as configured, else the address that the host would use.
+func (d *daemon) tunnelSource(s config.Service, b config.Backend) netip.Prefix {
+	if p, ok := s.TunnelSource(b.Address); ok {
+		return p
+	}
+	if hop, ok := d.watcher.Lookup(b.Address); ok && hop.Source.IsValid() {
+		return netip.PrefixFrom(hop.Source, hop.Source.BitLen())
+	}
+	return netip.Prefix{}
+}
+
+// hopTags are a next hop's VLAN tags as the maps have them.
+func hopTags(h neighbor.NextHop) (tags [2]uint16) {
+	for i, id := range h.VLAN[:min(len(h.VLAN), len(tags))] {
+		tags[i] = id
+		if h.VLANProtocols[i] == unix.ETH_P_8021AD {
+			tags[i] |= maps.Tag8021AD
+		}
+	}
+	return tags
+}
+
 // nextHop is what the map manager is told of an address.
 func (d *daemon) nextHop(a netip.Addr) maps.NextHop {
 	hop, ok := d.watcher.Lookup(a)
@@ -135,13 +185,14 @@ func (d *daemon) nextHop(a netip.Addr) maps.NextHop {
 
 // mapsNextHop translates. A neighbour that has stopped answering keeps its last address: its connections may yet live.
 func mapsNextHop(h neighbor.NextHop) maps.NextHop {
+	vlan := hopTags(h)
 	hop := maps.NextHop{
 		Known:     len(h.MAC) == 6 && len(h.SourceMAC) == 6 && (h.State == neighbor.Resolved || h.State == neighbor.Failed),
 		Interface: uint32(h.Index), MTU: uint32(h.MTU), Reason: h.Reason, Pending: h.State == neighbor.Resolving,
-		Gateway: h.Gateway.IsValid(),
+		Gateway: h.Gateway.IsValid(), VLAN: vlan,
 	}
-	if len(h.VLAN) > 0 {
-		hop.Known, hop.Reason = false, "the route is over a VLAN, whose tags this version does not write"
+	if len(h.VLAN) > len(vlan) {
+		hop.Known, hop.Reason = false, fmt.Sprintf("the route is over %d VLANs in each other: two are possible", len(h.VLAN))
 	}
 	if hop.Known {
 		copy(hop.MAC[:], h.MAC)
@@ -158,8 +209,13 @@ func (d *daemon) settings(cfg *config.Config) (loader.Settings, error) {
 	for _, service := range cfg.Services {
 		s.IPv4 = s.IPv4 || service.Address.Is4()
 		s.IPv6 = s.IPv6 || service.Address.Is6()
-		s.FullNAT = s.FullNAT || service.Method == config.MethodFullNAT
-		s.DSR = s.DSR || service.Method == config.MethodDSR
+		s.TCP = s.TCP || service.Protocol == config.ProtocolTCP
+		s.UDP = s.UDP || service.Protocol == config.ProtocolUDP
+		useMethod(&s, methods[service.Method])
+		for _, b := range service.Backends { // tunnels may cross families
+			s.IPv4 = s.IPv4 || b.Address.Is4()
+			s.IPv6 = s.IPv6 || b.Address.Is6()
+		}
 		s.AffinityClient = s.AffinityClient || service.Affinity == config.AffinityClient
 	}
 	inv, err := livingInventory(cfg.Dataplane.PinPath)
@@ -167,15 +223,54 @@ func (d *daemon) settings(cfg *config.Config) (loader.Settings, error) {
 		return s, err
 	}
 	for _, service := range inv.Services {
-		s.IPv4 = s.IPv4 || service.Address.Is4()
-		s.IPv6 = s.IPv6 || service.Address.Is6()
+		s.IPv4 = s.IPv4 || service.Address().Is4()
+		s.IPv6 = s.IPv6 || service.Address().Is6()
+		s.TCP = s.TCP || service.Protocol == config.ProtocolTCP.Number()
+		s.UDP = s.UDP || service.Protocol == config.ProtocolUDP.Number()
 		s.AffinityClient = s.AffinityClient || service.AffinityClient
 	}
 	for _, b := range inv.Backends {
-		s.FullNAT = s.FullNAT || b.Method == maps.MethodFullNAT
-		s.DSR = s.DSR || b.Method == maps.MethodDSR
+		useMethod(&s, b.Method)
+		s.IPv4 = s.IPv4 || b.Address.Is4()
+		s.IPv6 = s.IPv6 || b.Address.Is6()
 	}
 	return s, nil
+}
+
+func useMethod(s *loader.Settings, method maps.Method) {
+	switch method {
+	case maps.MethodFullNAT:
+		s.FullNAT = true
+	case maps.MethodNAT:
+		s.NAT = true
+	case maps.MethodDSR:
+		s.DSR = true
+	case maps.MethodIPIP, maps.MethodGUE:
+		s.Tunnel = true
+	}
+}
+
+// needs are what the configuration needs of devices.
+type needs struct {
+	vlan    bool     // VLAN tags are in use
+	targets []string // that packets to backends leave by, in order
+}
+
+func (n needs) equal(o needs) bool { return n.vlan == o.vlan && slices.Equal(n.targets, o.targets) }
+
+func (d *daemon) needsOf(cfg *config.Config, interfaces []string) (needs, error) {
+	var n needs
+	for _, a := range destinations(cfg) {
+		if hop, ok := d.watcher.Lookup(a); ok && hop.Interface != "" {
+			n.targets = append(n.targets, hop.Interface)
+			n.vlan = n.vlan || len(hop.VLAN) > 0
+		}
+	}
+	slices.Sort(n.targets)
+	n.targets = slices.Compact(n.targets)
+	above, err := vlansAbove(interfaces)
+	n.vlan = n.vlan || len(above) > 0
+	return n, err
 }
 
 // livingInventory is what the pinned maps hold; nothing, where none are pinned.
@@ -293,23 +388,28 @@ func (d *daemon) fixed(cfg *config.Config) error {
 
 // defaultSourcePorts is the larger of the two ranges that the host's own local port range leaves, from 1024 up: no
 // connection of the host's own can meet one of ours.
-func defaultSourcePorts() (config.PortRange, error) {
+func defaultSourcePorts(local config.PortRange) (config.PortRange, error) {
+	below, above := int(local.First)-1024, 65535-int(local.Last)
+	switch {
+	case below >= above && below > 0:
+		return config.PortRange{First: 1024, Last: local.First - 1}, nil
+	case above > 0:
+		return config.PortRange{First: local.Last + 1, Last: 65535}, nil
+	}
+	return config.PortRange{}, fmt.Errorf("the host's local port range %d-%d leaves no source ports for fullnat: narrow it "+
+		"(sysctl net.ipv4.ip_local_port_range) or give source_addresses and source_ports", local.First, local.Last)
+}
+
+// localPorts is the range that the host's own connections take their ports from.
+func localPorts() (config.PortRange, error) {
 	const path = "/proc/sys/net/ipv4/ip_local_port_range"
 	b, err := os.ReadFile(path)
 	if err != nil {
 		return config.PortRange{}, fmt.Errorf("read the host's local port range: %w", err)
 	}
-	var first, last uint16
-	if _, err := fmt.Sscan(strings.TrimSpace(string(b)), &first, &last); err != nil {
+	var r config.PortRange
+	if _, err := fmt.Sscan(strings.TrimSpace(string(b)), &r.First, &r.Last); err != nil {
 		return config.PortRange{}, fmt.Errorf("read the host's local port range: %s holds %q: %w", path, b, err)
 	}
-	below, above := int(first)-1024, 65535-int(last)
-	switch {
-	case below >= above && below > 0:
-		return config.PortRange{First: 1024, Last: first - 1}, nil
-	case above > 0:
-		return config.PortRange{First: last + 1, Last: 65535}, nil
-	}
-	return config.PortRange{}, fmt.Errorf("the host's local port range %d-%d leaves no source ports for fullnat: narrow it "+
-		"(sysctl net.ipv4.ip_local_port_range) or give source_addresses and source_ports", first, last)
+	return r, nil
 }
