@@ -27,7 +27,7 @@ FUZZTIME ?= 20s
 GENERATE_PACKAGES := clang-19 llvm-19 libbpf-dev linux-libc-dev
 LINT_PACKAGES     := clang-format-19
 DEMO_PACKAGES     := util-linux
-TEST_PACKAGES     := curl iperf3 iproute2 nftables procps python3-websockets util-linux wrk
+TEST_PACKAGES     := bind9-dnsutils curl dnsmasq-base iperf3 iproute2 nftables procps python3-websockets util-linux wrk
 TEST_PROGRAMS     := node:nodejs npm:npm
 KERNEL_PACKAGES   := debian-archive-keyring qemu-system-x86 xz-utils
 
@@ -134,11 +134,13 @@ lint: ## gofmt, go vet, staticcheck, clang-format
 	clang-format-19 --dry-run -Werror $(C_FILES)
 
 .PHONY: test-long
-test-long: peers ## the long forms: 10,000 WebSockets, 1,000,000 tuples, 100,000 pinned connections, 1 GiB each way
+test-long: peers ## the long forms: 3,000 WebSockets by each method, 1,000,000 tuples and packets, 100,000 pinned connections, 1 GiB each way
 	@$(bpffs); { \
-		$(go_test) -timeout 60m ./test/e2e -connections=10000 -bulk=1073741824 || true; \
+		$(go_test) -timeout 60m ./test/e2e -connections=3000 -flows=3000 -bulk=1073741824 \
+			-path-bulk=1073741824 -source-ports=31744 || true; \
 		$(go_test) -timeout 60m ./test/agreement -agreement.tuples=1000000 || true; \
 		$(go_test) -timeout 60m ./test/pinning -pinning.long || true; \
+		$(go_test) -timeout 60m ./test/model -model.packets=1000000 || true; \
 	} | $(GO) run ./test/summary
 
 .PHONY: test-kernels

@@ -191,7 +191,7 @@ func (t *trace) shrink(d devices, rule string, v verdict, out []byte, deadline t
 		}
 	}
 	for part := len(steps) / 2; part > 0; part /= 2 {
-		for at := 0; at < len(steps)-1; {
+		for at := 0; at < len(steps)-1 && time.Now().Before(deadline); {
 			if !try(slices.Concat(steps[:at], steps[min(at+part, len(steps)-1):])) {
 				at += part
 			}

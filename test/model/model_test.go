@@ -31,7 +31,7 @@ var (
 const packetsAGame = 20_000
 
 // mostFailures is how many different ones are told.
-const mostFailures = 400
+const mostFailures = 60
 
 // TestModel judges random packets, and mutated ones.
 func TestModel(t *testing.T) {
@@ -178,6 +178,9 @@ func (f *failures) add(t *trace, j *judged, b breach) {
 
 // tell tells the failures, each with the shortest way to it that is found in time.
 func (f *failures) tell() {
+	for kind, n := range f.known {
+		f.Errorf("%d of %s", n, kind)
+	}
 	for i, one := range f.found {
 		short := one.trace.shrink(f.devices, one.rule, one.verdict, one.out, time.Now().Add(*shrinkFlag))
 		name := filepath.Join(os.TempDir(), fmt.Sprintf("fairlead-model-%d-%d.trace", short.setup.seed, i))
@@ -200,9 +203,6 @@ func (f *failures) tell() {
 			text += fmt.Sprintf("  step %d: device %d: %s\n", k+1, s.device, hexadecimal(s.frame))
 		}
 		f.Errorf("%sagain, in %d steps: go test ./test/model -run 'TestModel$' -v -model.replay=%s", text, len(short.steps), name)
-	}
-	for kind, n := range f.known {
-		f.Errorf("%d of %s", n, kind)
 	}
 }
 
