@@ -104,6 +104,8 @@ static __always_inline int client_way(struct packet *pkt, struct scratch *room, 
 	struct choice choice = {};
 	enum verdict verdict;
 
+	if (pkt->family == FAMILY_IPV4 ? !source_possible4(pkt->flow->tuple.v4.saddr) : !source_possible())
+		return refuse(pkt, service, DROP_BAD_SOURCE);
 	verdict = parse_transport(pkt);
 	if (verdict != PASS_NOT_OURS)
 		return refuse(pkt, service, verdict);
@@ -184,6 +186,10 @@ int fairlead(struct xdp_md *ctx)
 	case PARSED_ARP:
 		return arp_way(ctx);
 	default:
+		count_verdict(PASS_NOT_OURS);
+		return XDP_PASS;
+	}
+	if (flow->group) {
 		count_verdict(PASS_NOT_OURS);
 		return XDP_PASS;
 	}

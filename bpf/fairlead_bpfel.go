@@ -127,7 +127,7 @@ type FairleadControlBlock struct {
 
 type FairleadCounterSet struct {
 	_        structs.HostLayout
-	Verdicts [39]uint64
+	Verdicts [40]uint64
 	Events   [14]uint64
 }
 
@@ -344,8 +344,11 @@ type FairleadScratch struct {
 		L3              uint16
 		L4              uint16
 		Extension       uint16
+		Group           uint16
 		Loose           uint16
+		_               [2]byte
 		From            FairleadHop
+		_               [4]byte
 	}
 	Connection FairleadConnection
 	Half       FairleadHalfOpen
@@ -584,15 +587,16 @@ const (
 	FairleadVerdictDROP_TRUNCATED      FairleadVerdict = 28
 	FairleadVerdictDROP_BAD_HEADER     FairleadVerdict = 29
 	FairleadVerdictDROP_BAD_FLAGS      FairleadVerdict = 30
-	FairleadVerdictDROP_LATER_FRAGMENT FairleadVerdict = 31
-	FairleadVerdictDROP_UNKNOWN_RST    FairleadVerdict = 32
-	FairleadVerdictDROP_NO_NEIGHBOR    FairleadVerdict = 33
-	FairleadVerdictDROP_TTL            FairleadVerdict = 34
-	FairleadVerdictDROP_TOO_BIG        FairleadVerdict = 35
-	FairleadVerdictDROP_ANSWER_LIMITED FairleadVerdict = 36
-	FairleadVerdictDROP_NO_HEADROOM    FairleadVerdict = 37
-	FairleadVerdictDROP_NO_RING        FairleadVerdict = 38
-	FairleadVerdictVERDICT_COUNT       FairleadVerdict = 39
+	FairleadVerdictDROP_BAD_SOURCE     FairleadVerdict = 31
+	FairleadVerdictDROP_LATER_FRAGMENT FairleadVerdict = 32
+	FairleadVerdictDROP_UNKNOWN_RST    FairleadVerdict = 33
+	FairleadVerdictDROP_NO_NEIGHBOR    FairleadVerdict = 34
+	FairleadVerdictDROP_TTL            FairleadVerdict = 35
+	FairleadVerdictDROP_TOO_BIG        FairleadVerdict = 36
+	FairleadVerdictDROP_ANSWER_LIMITED FairleadVerdict = 37
+	FairleadVerdictDROP_NO_HEADROOM    FairleadVerdict = 38
+	FairleadVerdictDROP_NO_RING        FairleadVerdict = 39
+	FairleadVerdictVERDICT_COUNT       FairleadVerdict = 40
 )
 
 type FairleadWayBack struct {

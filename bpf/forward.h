@@ -145,7 +145,8 @@ static __always_inline bool backend_takes(struct scratch *room, struct backend *
 
 		// No IPv6 sender may be told of less than its least. What is no longer goes out, to be fragmented
 		// outside (RFC 4213, section 3.2.2).
-		if (told && room->flow.family == FAMILY_IPV6 && told < IPV6_LEAST + outer) {
+		if (told && room->flow.family == FAMILY_IPV6 && backend->family == FAMILY_IPV4 &&
+		    told < IPV6_LEAST + outer) {
 			told = IPV6_LEAST + outer;
 			room->flow.loose = true;
 		}
@@ -178,7 +179,8 @@ static __always_inline bool device_takes(struct xdp_md *ctx, struct scratch *roo
 // too_big is what becomes of a packet that its way does not take.
 static __always_inline enum verdict too_big(const struct packet *pkt)
 {
-	if (pkt->family == FAMILY_IPV4 && !(pkt->ip.v4->frag_off & bpf_htons(IPV4_DONT)))
+	if (pkt->family == FAMILY_IPV4 ? !(pkt->ip.v4->frag_off & bpf_htons(IPV4_DONT))
+				       : pkt->flow->length <= IPV6_LEAST)
 		return DROP_TOO_BIG;
 	return ANSWER_TOO_BIG;
 }

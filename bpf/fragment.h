@@ -166,13 +166,16 @@ __noinline int fragment_follow(struct xdp_md *ctx)
 	room->flow.hash = fragment->hash;
 	if (room->flow.l3 + room->flow.length > length)
 		return -DROP_TRUNCATED;
+	// The headers are all there (IPv6: the fragment header among them).
+	if ((room->flow.family == FAMILY_IPV4 ? room->flow.l4 : room->flow.extension + 8) >
+	    room->flow.l3 + room->flow.length)
+		return -DROP_BAD_HEADER;
 	backend = backend_get(fragment->backend);
 	if (!backend)
 		return -DROP_NO_RING;
 	if (!fragment->reply && !(backend->flags & BACKEND_NEIGHBOR))
 		return -DROP_NO_NEIGHBOR;
-	// Who fragments has no use for being told that one is too big, and routers give IPv6 none (RFC 8200, section
-	// 5).
+	// It is about the first of them, which carries the ports, that its sender is told.
 	if (fragment->reply ? !device_takes(ctx, room, &fragment->hop) : !backend_takes(room, backend))
 		return -DROP_TOO_BIG;
 	if (!icmp_step(ctx))
@@ -198,7 +201,7 @@ __noinline int fragment_way(struct xdp_md *ctx)
 
 	if (!room)
 		return XDP_PASS;
-	action = fragment_follow(ctx);
+	action = room->flow.group ? -PASS_FRAGMENT : fragment_follow(ctx);
 	verdict = action < 0 ? -action : room->fragment.reply ? REPLY_FRAGMENT : FORWARD_FRAGMENT;
 	count_verdict(verdict);
 	if (action >= 0)

@@ -89,7 +89,7 @@ __noinline int icmp_quoted(struct xdp_md *ctx)
 	end = flow->l3 + flow->length;
 	q->icmp = flow->l4;
 	q->l3 = flow->l4 + sizeof(icmp);
-	if (flow->fragment || end > bpf_xdp_get_buff_len(ctx) || bpf_xdp_load_bytes(ctx, q->icmp, icmp, sizeof(icmp)) ||
+	if (flow->fragment || bpf_xdp_load_bytes(ctx, q->icmp, icmp, sizeof(icmp)) ||
 	    !icmp_error(flow->family, icmp[0]))
 		return 0;
 	q->type = icmp[0];
@@ -105,7 +105,9 @@ __noinline int icmp_quoted(struct xdp_md *ctx)
 	// An error goes to whoever sent the packet.
 	if (!protocol || !to_sender(flow, q))
 		return 0;
-	q->l4_length = end > q->l4 ? end - q->l4 : 0;
+	if (q->l4 > end)
+		return 0;
+	q->l4_length = end - q->l4;
 	if (protocol != IPPROTO_TCP && protocol != IPPROTO_UDP)
 		return protocol;
 	if (q->l4_length < QUOTED_MIN || bpf_xdp_load_bytes(ctx, q->l4, ports, sizeof(ports)))
@@ -302,6 +304,9 @@ __noinline int icmp_to_backend(struct xdp_md *ctx, struct service *service)
 		return -DROP_NO_RING;
 	if (!(backend->flags & BACKEND_NEIGHBOR))
 		return -DROP_NO_NEIGHBOR;
+	// Errors are never answered with errors (RFC 1122, section 3.2.2).
+	if (!backend_takes(room, backend))
+		return -DROP_TOO_BIG;
 	if (!icmp_step(ctx))
 		return -DROP_TTL;
 	if (!stateless(backend->method)) {
@@ -326,12 +331,7 @@ __noinline int icmp_to_backend(struct xdp_md *ctx, struct service *service)
 	}
 	count_in(traffic_of_service(service->id), bpf_xdp_get_buff_len(ctx), false);
 	count_in(traffic_of_backend(choice.backend), bpf_xdp_get_buff_len(ctx), false);
-	if (tunnels(backend)) {
-		if (!backend_takes(room, backend))
-			return -DROP_TOO_BIG;
-		return tunnel_send(ctx, backend);
-	}
-	return send_tagged(ctx, backend_hop(backend));
+	return tunnels(backend) ? tunnel_send(ctx, backend) : send_tagged(ctx, backend_hop(backend));
 }
 
 // icmp_to_client sends an error about a packet that went to a backend to the client that it came from. The flow in hand
@@ -364,12 +364,14 @@ __noinline int icmp_to_client(struct xdp_md *ctx)
 		if (!back)
 			return -PASS_ICMP;
 		half = BY_FAMILY(flow->family, &choice->client, half_open4, half_open6, bpf_map_lookup_elem);
-		if (!half || half->generation != back->generation)
+		if (!half || half->generation != back->generation || clock_now() - half->first >= half_open_life)
 			return -PASS_ICMP;
 		choice->hop = half->hop;
 		choice->backend = half->backend;
 		choice->service = half->service;
 	}
+	if (!device_takes(ctx, room, &choice->hop))
+		return -DROP_TOO_BIG;
 	if (!icmp_step(ctx))
 		return -DROP_TTL;
 	// What the client sent, and where it went.
@@ -424,9 +426,10 @@ __noinline int tunnel_error(void)
 		return true;
 	if (mtu < (family == FAMILY_IPV4 ? PATH_MTU_MIN : IPV6_LEAST))
 		mtu = family == FAMILY_IPV4 ? PATH_MTU_MIN : IPV6_LEAST;
-	if (!path->mtu || mtu < path->mtu || clock_now() - path->tick > path_mtu_life)
-		count_event(EVENT_PATH_MTU);
-	// The latest word counts: a way may take more again, of which only time tells, and less at any moment.
+	// That a way takes more again, only time tells, no router (RFC 1191, section 6.3; RFC 8201, section 4).
+	if (path->mtu && mtu >= path->mtu && clock_now() - path->tick <= path_mtu_life)
+		return true;
+	count_event(EVENT_PATH_MTU);
 	path->mtu = mtu;
 	path->tick = clock_now();
 	return true;
@@ -436,15 +439,22 @@ __noinline int tunnel_error(void)
 __noinline int icmp_way(struct xdp_md *ctx)
 {
 	struct scratch *room = scratch_get();
+	int protocol = 0, action = -PASS_ICMP;
 	struct service *service;
-	struct flow *flow;
-	int protocol, action = -PASS_ICMP;
 	__u32 verdict = PASS_ICMP;
+	struct flow *flow;
+	bool alone; // to us and nobody else, from someone
 
 	if (!room)
 		return XDP_PASS;
 	flow = &room->flow;
-	protocol = icmp_quoted(ctx);
+	alone = !flow->group && source_possible();
+	// All of the message, and its header at least.
+	if (flow->l3 + flow->length > bpf_xdp_get_buff_len(ctx) ||
+	    flow->l4 + sizeof(struct icmp_header) > flow->l3 + flow->length)
+		goto out;
+	if (alone)
+		protocol = icmp_quoted(ctx);
 	if (protocol == IPPROTO_TCP || protocol == IPPROTO_UDP) {
 		room->kept = flow->tuple;
 		turned_round(flow->family, &room->quoted.tuple, &flow->tuple);
@@ -464,14 +474,15 @@ __noinline int icmp_way(struct xdp_md *ctx)
 	if (verdict == PASS_ICMP && protocol && use_tunnel && tunnel_error())
 		verdict = PASS_TUNNEL_ERROR;
 	if (verdict == PASS_ICMP && !protocol) {
-		if (flow->family == FAMILY_IPV6 && neighbor_answer(ctx)) {
+		if (flow->family == FAMILY_IPV6 && !(flow->group & GROUP_FROM) && neighbor_answer(ctx)) {
 			verdict = ANSWER_NDP;
 			action = XDP_TX;
-		} else if (echo_answer(ctx)) {
+		} else if (alone && echo_answer(ctx)) {
 			verdict = ANSWER_ECHO;
 			action = XDP_TX;
 		}
 	}
+out:
 	count_verdict(verdict);
 	if (verdict >= DROP_TRUNCATED)
 		return XDP_DROP;

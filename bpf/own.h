@@ -70,7 +70,7 @@ __noinline int arp_way(struct xdp_md *ctx)
 	arp = data + (room->flow.l3 & 31);
 	if ((void *)(eth + 1) > end || (void *)(arp + 1) > end || !device || arp->hardware != bpf_htons(ARP_ETHERNET) ||
 	    arp->network != bpf_htons(ETH_P_IP) || arp->hardware_length != ETH_ALEN || arp->network_length != 4 ||
-	    arp->operation != bpf_htons(ARP_REQUEST))
+	    arp->operation != bpf_htons(ARP_REQUEST) || (arp->sender_mac[0] & 1) || room->flow.group & GROUP_FROM)
 		goto pass;
 	__builtin_memcpy(&sender, arp->sender, 4);
 	__builtin_memcpy(&target, arp->target, 4);
@@ -82,7 +82,7 @@ __noinline int arp_way(struct xdp_md *ctx)
 	__builtin_memcpy(arp->target, &sender, 4);
 	__builtin_memcpy(arp->sender_mac, device->mac, ETH_ALEN);
 	__builtin_memcpy(arp->sender, &target, 4);
-	__builtin_memcpy(eth->h_dest, eth->h_source, ETH_ALEN);
+	__builtin_memcpy(eth->h_dest, arp->target_mac, ETH_ALEN);
 	__builtin_memcpy(eth->h_source, device->mac, ETH_ALEN);
 	count_verdict(ANSWER_ARP);
 	return XDP_TX;
@@ -105,6 +105,61 @@ struct neighbor_message {
 #define NEIGHBOR_TARGET_MAC 2
 #define NEIGHBOR_HOP_LIMIT 255
 
+#define NEIGHBOR_OPTIONS 8 // looked at, at most
+#define NEIGHBOR_SOURCE_MAC 1
+#define SOLICITATION_LENGTH 24
+
+// neighbor_valid says whether a solicitation is one that RFC 4861, section 7.1.1, has its receivers take.
+__noinline int neighbor_valid(struct xdp_md *ctx)
+{
+	struct scratch *room = scratch_get();
+	__u32 length, at = SOLICITATION_LENGTH;
+	const __be32 *source, *target;
+	struct neighbor_message *message;
+	__u8 hop_limit, option[2];
+	struct flow *flow;
+	bool probe;
+	__u64 sum;
+
+	if (!room)
+		return false;
+	flow = &room->flow;
+	message = (void *)room->quote;
+	length = flow->length - sizeof(struct ipv6hdr);
+	if (flow->l4 != flow->l3 + sizeof(struct ipv6hdr) ||
+	    flow->length < sizeof(struct ipv6hdr) + SOLICITATION_LENGTH || length > sizeof(room->quote) ||
+	    bpf_xdp_load_bytes(ctx, flow->l3 + 7, &hop_limit, 1) || hop_limit != NEIGHBOR_HOP_LIMIT)
+		return false;
+	length--;
+	barrier_var(length);
+	length = (length & (QUOTE_MAX - 1)) + 1;
+	__builtin_memset(room->quote, 0, sizeof(room->quote));
+	if (bpf_xdp_load_bytes(ctx, flow->l4, room->quote, length))
+		return false;
+	if (message->icmp.type != ICMP6_SOLICITATION || message->icmp.code)
+		return false;
+	sum = (__u32)bpf_csum_diff(NULL, 0, (void *)room->quote, sizeof(room->quote), 0);
+	sum += sum_words(0, flow->tuple.v6.saddr, 32) + bpf_htons(length) + bpf_htons(IPPROTO_ICMPV6);
+	if (checksum_finish(sum))
+		return false;
+	source = flow->tuple.v6.saddr;
+	target = flow->tuple.v6.daddr;
+	probe = !(source[0] | source[1] | source[2] | source[3]);
+	if (!probe && !source_possible())
+		return false;
+	// Who probes asks the solicited-node group.
+	if (probe && (target[0] != bpf_htonl(0xff020000) || target[1] || target[2] != bpf_htonl(1) ||
+		      *(const __u8 *)&target[3] != 0xff))
+		return false;
+	for (int i = 0; i < NEIGHBOR_OPTIONS && at < length; i++) {
+		if (at + 2 > length || bpf_xdp_load_bytes(ctx, flow->l4 + at, option, sizeof(option)) || !option[1] ||
+		    at + option[1] * 8 > length || (probe && option[0] == NEIGHBOR_SOURCE_MAC))
+			return false;
+		at += option[1] * 8;
+	}
+	return true;
+}
+
 // neighbor_answer answers a solicitation; false: it is not for us.
 __noinline int neighbor_answer(struct xdp_md *ctx)
 {
@@ -126,13 +181,10 @@ __noinline int neighbor_answer(struct xdp_md *ctx)
 	l3 = flow->l3 & 31;
 	ip = data + l3;
 	message = (void *)(ip + 1);
-	if ((void *)(eth + 1) > end || (void *)message->mac - 2 > end || flow->l4 != flow->l3 + sizeof(*ip) ||
-	    flow->length < sizeof(*ip) + 24 || ip->hop_limit != NEIGHBOR_HOP_LIMIT)
-		return false;
-	if (message->icmp.type != ICMP6_SOLICITATION || message->icmp.code)
+	if ((void *)(eth + 1) > end || (void *)message->mac - 2 > end || message->icmp.type != ICMP6_SOLICITATION)
 		return false;
 	__builtin_memcpy(&target, message->target, sizeof(target));
-	if (!(address_flags(FAMILY_IPV6, &target) & ADDRESS_OWN))
+	if (!(address_flags(FAMILY_IPV6, &target) & ADDRESS_OWN) || !neighbor_valid(ctx))
 		return false;
 	length = l3 + sizeof(*ip) + sizeof(*message);
 	if (bpf_xdp_adjust_tail(ctx, (int)length - (int)bpf_xdp_get_buff_len(ctx)))
@@ -178,6 +230,8 @@ __noinline int neighbor_answer(struct xdp_md *ctx)
 	return true;
 }
 
+#define ECHO_REACH 511 // of an offset that isn't known, the verifier is shown so many bits
+
 // echo_answer answers a ping to an address of XDP's own; false: it is none.
 __noinline int echo_answer(struct xdp_md *ctx)
 {
@@ -192,7 +246,9 @@ __noinline int echo_answer(struct xdp_md *ctx)
 	if (!room)
 		return false;
 	flow = &room->flow;
-	icmp = data + (flow->l4 & 511);
+	if (flow->l4 > ECHO_REACH)
+		return false;
+	icmp = data + (flow->l4 & ECHO_REACH);
 	if ((void *)(eth + 1) > end || (void *)(icmp + 1) > end || flow->fragment || icmp->code)
 		return false;
 	if (!(destination_flags(flow) & ADDRESS_OWN))
@@ -221,6 +277,9 @@ __noinline int echo_answer(struct xdp_md *ctx)
 		__builtin_memcpy(&ip->daddr, flow->tuple.v6.saddr, sizeof(ip->daddr));
 	}
 	icmp->check = checksum_finish(checksum_change16(checksum_start(icmp->check), old, *(__u16 *)icmp));
+	// Of one's complement's two zeros both are right, but for a message of nothing but zeros: that takes this one.
+	if (flow->family == FAMILY_IPV4 && !icmp->check)
+		icmp->check = 0xffff;
 	__builtin_memcpy(mac, eth->h_dest, ETH_ALEN);
 	__builtin_memcpy(eth->h_dest, eth->h_source, ETH_ALEN);
 	__builtin_memcpy(eth->h_source, mac, ETH_ALEN);

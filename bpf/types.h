@@ -85,6 +85,7 @@ enum verdict {
 	DROP_TRUNCATED,	     // shorter than its headers say
 	DROP_BAD_HEADER,     // lengths that contradict each other
 	DROP_BAD_FLAGS,	     // TCP flags that no client's packet carries
+	DROP_BAD_SOURCE,     // from an address that no host has
 	DROP_LATER_FRAGMENT, // to an address of XDP's own, a later fragment whose first was not seen
 	DROP_UNKNOWN_RST,    // RST for a connection nobody knows: never answered
 	DROP_NO_NEIGHBOR,    // the backend's next hop is not known
@@ -365,6 +366,13 @@ struct bitmap_set {
 	__u64 fresh[2][BITMAP_WORDS];
 };
 
+// Whom a frame's Ethernet addresses name. One to or from a group of hosts is no router's to forward or to answer
+// (RFC 1122, section 3.3.6; RFC 1812, section 5.3.4).
+enum frame_group {
+	GROUP_TO = 1,
+	GROUP_FROM = 2,
+};
+
 // flow is what the tables are asked with: a packet's or a connection's tuple, and what the TCP header says.
 struct flow {
 	__u64 hash;	   // of the client's tuple
@@ -380,6 +388,7 @@ struct flow {
 	__u16 l3;	 // where in the frame the IP header begins,
 	__u16 l4;	 // and what it carries,
 	__u16 extension; // IPv6: and the fragment header
+	__u16 group;	 // enum frame_group
 	__u16 loose;	 // its way takes less than IPv6's least: outer packets may be fragmented
 	struct hop from; // the way back
 };

@@ -37,7 +37,7 @@ func (p *dataplane) converse(s *service, client netip.AddrPort, at int) *convers
 	p.explain(s, client, backend, maps.RuleHalfOpen)
 
 	answer := p.random.Uint32()
-	if c.backend.Method == maps.MethodFullNAT {
+	if !c.backend.Method.Stateless() {
 		verdict, o := p.sendOne(first.destination, first.source,
 			numbers{flags: syn | ack, sequence: answer, acknowledgement: c.next.sequence + 1})
 		p.expect(bpf.FairleadVerdictREPLY_HALF_OPEN)

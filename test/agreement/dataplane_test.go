@@ -94,9 +94,7 @@ func (p *dataplane) send(source, destination netip.AddrPort, tcp numbers) outcom
 	options := ebpf.RunOptions{Data: p.frame.bytes, DataOut: p.out}
 	action, err := p.objects.Fairlead.Run(&options)
 	p.must(err)
-	o := outcome{action: action, mac: [6]byte(options.DataOut), flags: options.DataOut[p.frame.tcp+13]}
-	o.source, o.destination = p.frame.ends(options.DataOut)
-	return o
+	return p.frame.outcome(action, options.DataOut)
 }
 
 // sendOne gives the program one segment and asks for the verdict on it.

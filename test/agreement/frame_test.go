@@ -68,24 +68,37 @@ func (f frame) patch(source, destination netip.AddrPort, tcp numbers) {
 	header[13] = tcp.flags
 }
 
-// ends reads the addresses and ports of a frame of f's layout.
-func (f frame) ends(bytes []byte) (source, destination netip.AddrPort) {
+// outcome reads what became of a frame of f's layout; what is longer stands inside another packet.
+func (f frame) outcome(action uint32, bytes []byte) (o outcome) {
+	o.action, o.mac = action, [6]byte(bytes)
+	if longer := len(bytes) - len(f.bytes); longer > 0 {
+		ip := bytes[ethernet:]
+		if ip[0]>>4 == 4 {
+			o.outer = netip.AddrFrom4([4]byte(ip[16:]))
+		} else {
+			o.outer = netip.AddrFrom16([16]byte(ip[24:]))
+		}
+		bytes = bytes[longer:]
+	}
 	end := func(n int) netip.AddrPort {
 		at := f.addresses + n*f.size
 		address, _ := netip.AddrFromSlice(bytes[at : at+f.size])
 		return netip.AddrPortFrom(address, binary.BigEndian.Uint16(bytes[f.tcp+2*n:]))
 	}
-	return end(0), end(1)
+	o.source, o.destination, o.flags = end(0), end(1), bytes[f.tcp+13]
+	return o
 }
 
 // outcome is what became of a frame.
 type outcome struct {
 	action              uint32
-	mac                 [6]byte // of the next hop
+	mac                 [6]byte    // of the next hop
+	outer               netip.Addr // where a packet around it goes
 	source, destination netip.AddrPort
 	flags               byte
 }
 
 func (o outcome) String() string {
-	return fmt.Sprintf("action %d, to %x, from %v to %v, flags %#x", o.action, o.mac, o.source, o.destination, o.flags)
+	return fmt.Sprintf("action %d, to %x, from %v to %v, flags %#x, inside of a packet to %v",
+		o.action, o.mac, o.source, o.destination, o.flags, o.outer)
 }

@@ -41,6 +41,10 @@ func (p *dataplane) newFarm(size int, methods []maps.Method) farm {
 	}
 	for i := range size {
 		place := maps.WantedBackend{Address: draw(), Port: p.port(), Method: methods[i%len(methods)]}
+		if place.Method == maps.MethodIPIP || place.Method == maps.MethodGUE {
+			from := draw()
+			place.Tunnel = netip.PrefixFrom(from, from.BitLen()-p.random.IntN(9)).Masked()
+		}
 		if place.Method == maps.MethodFullNAT {
 			place.Sources = sources[i%len(sources):][:1]
 			if i%16 == 0 {

@@ -24,6 +24,10 @@ type conversation struct {
 	openers   map[uint32]uint32 // acknowledgements that confirm it: from that of a SYN-ACK to the end of what the backend sent since
 }
 
+func newConversation(t maps.Tuple) *conversation {
+	return &conversation{tuple: t, synEnds: map[uint32]bool{}, openers: map[uint32]uint32{}}
+}
+
 // hop is where a client's packets came from.
 type hop struct {
 	to, from mac
@@ -72,6 +76,9 @@ type fragmentKey struct {
 }
 
 func fragmentKeyOf(p *packet) fragmentKey {
+	if p.family == 6 {
+		return fragmentKey{p.source, p.destination, p.id, 0}
+	}
 	return fragmentKey{p.source, p.destination, p.id, p.protocol}
 }
 

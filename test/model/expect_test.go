@@ -4,7 +4,6 @@ import (
 	"fmt"
 	"math/bits"
 	"net/netip"
-	"slices"
 	"strings"
 
 	"fairlead/bpf"
@@ -45,6 +44,7 @@ const (
 	resetReplyUnknown = bpf.FairleadVerdictRESET_REPLY_UNKNOWN
 	dropTruncated     = bpf.FairleadVerdictDROP_TRUNCATED
 	dropBadHeader     = bpf.FairleadVerdictDROP_BAD_HEADER
+	dropBadSource     = bpf.FairleadVerdictDROP_BAD_SOURCE
 	dropBadFlags      = bpf.FairleadVerdictDROP_BAD_FLAGS
 	dropLater         = bpf.FairleadVerdictDROP_LATER_FRAGMENT
 	dropUnknownRST    = bpf.FairleadVerdictDROP_UNKNOWN_RST
@@ -97,6 +97,7 @@ type expectation struct {
 	note         *note
 	quoted       *quoted
 	unanswerable string // why no answer may go to its sender
+	solicitation bool
 }
 
 // unanswerable says why nobody may answer a packet's sender: RFC 1122, sections 3.2.2 and 3.3.6; RFC 4443, section 2.4
@@ -140,16 +141,42 @@ func (m *model) expect(p *packet, ingress uint32) *expectation {
 	case !p.ported:
 		e.verdicts, e.why = of(passNotOurs), "the packet ends before its ports"
 		if m.world.ours[p.destination] || m.natSource(p.source) {
-			e.verdicts |= of(dropTruncated, dropBadHeader)
+			e.verdicts |= of(dropTruncated, dropBadHeader, passReplyUnknown)
 		}
 	default:
 		m.expectSegment(e, p, ingress)
 	}
+	m.expectStranger(e, p)
 	if p.exotic != "" {
 		e.why += " (" + p.exotic + ")"
 		e.verdicts |= of(passNotOurs, passFragment, passICMP, dropBadHeader)
 	}
 	return e
+}
+
+// everyPass are the verdicts that leave a packet to the host's stack.
+var everyPass = of(passNotOurs, passFragment, passICMP, passReplyUnknown, passTunnelError)
+
+// expectStranger is a packet that nobody may send on: it came by link-layer broadcast or from a group (RFC 1122, section
+// 3.3.6; RFC 1812, section 5.3.4), or its source is no host's (RFC 1122, section 3.2.1.3; RFC 1812, section 5.3.7; RFC
+// 4291, sections 2.5.2, 2.5.3 and 2.7). A solicitation has rules of its own.
+func (m *model) expectStranger(e *expectation, p *packet) {
+	if p.family == 0 || !p.source.IsValid() || e.solicitation {
+		return
+	}
+	const firstDrop = dropTruncated
+	drops := e.verdicts &^ (1<<firstDrop - 1)
+	switch {
+	case p.to.group() || p.from.group():
+		e.why += ", by a link-layer group"
+		e.verdicts = drops | everyPass
+	case !unicast(p.source):
+		e.why += ", from no host"
+		e.verdicts = drops | e.verdicts&everyPass | of(dropBadSource)
+		if p.malformed == "" && p.protocol != protoTCP && p.protocol != protoUDP || p.later() {
+			e.verdicts |= everyPass
+		}
+	}
 }
 
 func (m *model) natSource(a netip.Addr) bool {
@@ -354,34 +381,51 @@ func (m *model) obstruct(e *expectation, p *packet) {
 // leastChecked is up to how many bytes every way is taken to let pass (RFC 791: 576).
 const leastChecked = 576
 
-func fits(length int, mtu uint32) bool {
-	return mtu == 0 || length <= leastChecked || length <= int(mtu)
-}
+// leastIPv6 is the MTU that every way has for IPv6 (RFC 8200, section 5).
+const leastIPv6 = 1280
 
-// limitsOf are the lengths that the way to a backend may be known to take.
-func (m *model) limitsOf(b *backend) []uint32 {
+// learned are the MTUs that the way to a backend may be known to have; 0: none is known.
+func (m *model) learned(b *backend) []uint32 {
 	known := m.paths[b.address]
 	if b.overhead() == 0 || known == nil {
-		return []uint32{b.hop.MTU}
+		return []uint32{0}
 	}
 	var all []uint32
-	for learned := range known.known {
-		if mtu := b.lower(learned); !slices.Contains(all, mtu) {
-			all = append(all, mtu)
-		}
+	for mtu := range known.known {
+		all = append(all, mtu)
 	}
-	if mtu := b.lower(known.raised); known.raised != 0 && !slices.Contains(all, mtu) {
-		all = append(all, mtu) // wrong, and judged by itself
+	if known.raised != 0 && !known.known[known.raised] {
+		all = append(all, known.raised) // wrong, and judged by itself
 	}
 	return all
 }
 
-// lower is the lower of the next hop's MTU and one that was learned.
-func (b *backend) lower(learned uint32) uint32 {
-	if learned != 0 && (b.hop.MTU == 0 || learned < b.hop.MTU) {
-		return learned
+func within(length int, mtu uint32) bool {
+	return mtu == 0 || length <= leastChecked || length <= int(mtu)
+}
+
+// fits tells whether a packet may go to a backend by a way of an MTU. An IPv6 packet that every way lets pass goes into
+// a tunnel whose way does not: there, the outer one is fragmented (RFC 4213, section 3.2.2; RFC 2473, section 7.1).
+func (b *backend) fits(p *packet, learned uint32) bool {
+	outer := p.length() + b.overhead()
+	return within(outer, b.hop.MTU) && (within(outer, learned) || p.family == 6 && p.length() <= leastIPv6)
+}
+
+// told is the MTU that the sender of a packet is told, which does not fit; 0: nothing limits it. Nobody goes below IPv6's
+// least (RFC 8201, section 4).
+func (b *backend) told(p *packet, learned uint32) uint32 {
+	mtu := b.hop.MTU
+	if learned != 0 && (mtu == 0 || learned < mtu) {
+		mtu = learned
 	}
-	return b.hop.MTU
+	if mtu == 0 {
+		return 0
+	}
+	mtu -= uint32(b.overhead())
+	if p.family == 6 {
+		mtu = max(mtu, leastIPv6)
+	}
+	return mtu
 }
 
 // obstacles are the verdicts on a packet that can't go to a backend, in the design's order: no neighbour, too big, time
@@ -390,9 +434,9 @@ func (m *model) obstacles(e *expectation, p *packet, b *backend) (s set, free bo
 	if !b.hop.Known {
 		return of(dropNoNeighbor), false
 	}
-	for _, mtu := range m.limitsOf(b) {
+	for _, learned := range m.learned(b) {
 		switch {
-		case !fits(p.length()+b.overhead(), mtu):
+		case !b.fits(p, learned):
 			s |= m.tooBig(e, p)
 		case p.ttl <= 1:
 			s |= of(dropTTL)
@@ -412,6 +456,9 @@ func (m *model) tooBig(e *expectation, p *packet) set {
 		return of(dropTooBig, dropLimited) | of(answerTooBig) // the answer is judged by itself
 	}
 	s := of(answerTooBig)
+	if p.family == 6 && p.length() <= leastIPv6 {
+		s |= of(dropTooBig) // nothing that it could be told would help
+	}
 	if m.limits.answers != 0 {
 		s |= of(dropLimited)
 	}
@@ -473,7 +520,11 @@ func (m *model) expectReply(e *expectation, p *packet, ingress uint32) {
 // answersSYN tells the backend's SYN-ACK to the client's own SYN.
 func (m *model) answersSYN(c *conversation, p *packet) bool {
 	t := p.transport()
-	return t[13]&(syn|ack|rst) == syn|ack && c.synEnds[be32(t[8:])]
+	fits := false
+	for end := range c.synEnds {
+		fits = fits || be32(t[8:])-end <= openingWindow
+	}
+	return t[13]&(syn|ack|rst) == syn|ack && fits
 }
 
 // obstructReply is what stands in a reply's way.
@@ -482,14 +533,14 @@ func (m *model) obstructReply(e *expectation, p *packet, ingress uint32, hops []
 	for _, h := range hops {
 		mtu := m.world.devices.by(h.ingress)
 		switch {
-		case mtu.told && h.ingress != ingress && !fits(p.length(), mtu.mtu):
+		case mtu.told && h.ingress != ingress && !within(p.length(), mtu.mtu):
 			blocked |= m.tooBig(e, p)
 		case p.ttl <= 1:
 			blocked |= of(dropTTL)
 		default:
 			free = true
 		}
-		if mtu.told && h.ingress == ingress && !fits(p.length(), mtu.mtu) {
+		if mtu.told && h.ingress == ingress && !within(p.length(), mtu.mtu) {
 			blocked |= m.tooBig(e, p) // by the device that it came by: it may be taken to be wide enough, or not
 			free = free || p.ttl > 1
 		}

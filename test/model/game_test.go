@@ -23,7 +23,7 @@ type game struct {
 	before  counters
 	after   counters
 	result  result
-	fault   func(*game, *result) // what is made of an outcome before it is judged; nil: nothing
+	spy     func(*game, *result) // sees each outcome before it is judged
 	frame   []byte               // the packet in hand, and
 	ingress uint32               // where it came from
 }
@@ -84,10 +84,10 @@ func (g *game) play(s step) (*judged, error) {
 	g.result = result{action: action, out: out, traffic: g.result.traffic[:0]}
 	g.result.difference(&g.before, &g.after)
 	g.before = g.after
-	if g.fault != nil {
-		g.fault(g, &g.result)
+	if g.spy != nil {
+		g.spy(g, &g.result)
 	}
-	return g.model.judge(s.frame, g.ingress, &g.result), nil
+	return g.model.judge(s.frame, g.ingress, &g.result, true), nil
 }
 
 func (d devices) number(index uint32) int {

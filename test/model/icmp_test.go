@@ -155,6 +155,7 @@ func (m *model) expectSolicitation(e *expectation, p *packet, ingress uint32) {
 	if !m.world.isOwn(target) || !m.world.devices.by(ingress).told {
 		return
 	}
+	e.solicitation = true
 	e.why = fmt.Sprintf("neighbour solicitation for %v, XDP's own", target)
 	if why := invalidSolicitation(p, target); why != "" {
 		e.why += ", invalid: " + why
@@ -288,8 +289,11 @@ func (m *model) expectError(e *expectation, p *packet, ingress uint32) {
 		e.verdicts |= icmpPass
 	}
 	m.obstructReply(e, p, ingress, c.hops)
-	if e.verdicts.has(answerTooBig) {
-		e.verdicts = e.verdicts&^of(answerTooBig, dropLimited) | of(dropTooBig) // RFC 1122, section 3.2.2
+	if e.verdicts&of(answerTooBig, dropTooBig) != 0 { // as to a backend
+		e.verdicts = e.verdicts&^of(answerTooBig, dropLimited) | of(dropTooBig)
+		if p.ttl > 1 {
+			e.verdicts |= of(replyICMP)
+		}
 	}
 }
 
@@ -298,10 +302,13 @@ func (m *model) errorObstacles(p *packet, b *backend) (s set, free bool) {
 	if !b.hop.Known {
 		return of(dropNoNeighbor) | icmpPass, false
 	}
-	for _, mtu := range m.limitsOf(b) {
+	for _, learned := range m.learned(b) {
 		switch {
-		case !fits(p.length()+b.overhead(), mtu):
-			s |= of(dropTooBig)
+		case !b.fits(p, learned) && b.overhead() == 0 && p.ttl > 1:
+			s |= of(dropTooBig) // or not: who obeys RFC 1812, section 4.3.2.3, sends none that is too big
+			free = true
+		case !b.fits(p, learned):
+			s |= of(dropTooBig, dropTTL)
 		case p.ttl <= 1:
 			s |= of(dropTTL)
 		default:

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	maps2 "maps"
 	"net/netip"
 	"time"
 
@@ -17,7 +18,7 @@ type model struct {
 	limits        limits
 	conversations map[maps.Tuple]*conversation
 	waysBack      map[maps.Tuple]*conversation
-	ghosts        map[maps.Tuple][]hop // perhaps noted, and where from: packets that were let in, and then could not go on
+	ghosts        map[maps.Tuple]*conversation // perhaps noted, the backend unknown: packets that were let in, and then could not go on
 	fragments     map[fragmentKey]*note
 	paths         map[netip.Addr]*path
 	identities    map[identity]map[uint32]fragmentKey // of rewritten fragments
@@ -30,7 +31,7 @@ const shortEpoch = time.Second
 func newModel(w *world, l limits) *model {
 	m := &model{
 		world: w, limits: l, conversations: map[maps.Tuple]*conversation{}, waysBack: map[maps.Tuple]*conversation{},
-		ghosts: map[maps.Tuple][]hop{}, fragments: map[fragmentKey]*note{}, paths: map[netip.Addr]*path{},
+		ghosts: map[maps.Tuple]*conversation{}, fragments: map[fragmentKey]*note{}, paths: map[netip.Addr]*path{},
 		identities: map[identity]map[uint32]fragmentKey{}, met: map[string]int{},
 	}
 	return m
@@ -41,15 +42,17 @@ type breach struct {
 	rule, text string
 }
 
-// case is one packet, and what came of it.
+// judged is one packet, and what came of it.
 type judged struct {
 	*model
+	learns   bool
 	p        *packet
 	ingress  uint32
 	r        *result
 	e        *expectation
 	v        verdict
-	backend  *backend // a client's packet went to
+	backend  *backend      // a client's packet went to
+	client   *conversation // a backend's packet went to
 	breaches []breach
 }
 
@@ -57,9 +60,9 @@ func (j *judged) broken(rule, format string, args ...any) {
 	j.breaches = append(j.breaches, breach{rule, fmt.Sprintf(format, args...)})
 }
 
-// judge says which rules the outcome of a packet breaks, and learns from it.
-func (m *model) judge(frame []byte, ingress uint32, r *result) *judged {
-	j := &judged{model: m, p: parse(frame), ingress: ingress, r: r}
+// judge says which rules the outcome of a packet breaks, and learns from it, unless it is only asked.
+func (m *model) judge(frame []byte, ingress uint32, r *result, learn bool) *judged {
+	j := &judged{model: m, p: parse(frame), ingress: ingress, r: r, learns: learn}
 	j.e = m.expect(j.p, ingress)
 	v, ok := r.verdict()
 	if !ok {
@@ -81,7 +84,7 @@ func (m *model) judge(frame []byte, ingress uint32, r *result) *judged {
 			j.broken("untouched", "passed, and changed: %x", r.out)
 		}
 		if v == passTunnelError {
-			j.learnPath()
+			j.checkPath()
 		}
 	case forwarded(v):
 		j.checkForward()
@@ -91,7 +94,9 @@ func (m *model) judge(frame []byte, ingress uint32, r *result) *judged {
 		j.checkAnswer()
 	}
 	j.checkTraffic()
-	j.learn()
+	if learn {
+		j.learn()
+	}
 	return j
 }
 
@@ -134,7 +139,13 @@ func (j *judged) checkSent() {
 		// RFC 1122, section 3.3.6; RFC 1812, section 5.3.4.
 		j.broken("link broadcast", "%s: it came to the group %x", verdictNames[j.v], p.to)
 	}
+	if fault := secondOpinion(p); fault != "" && p.exotic == "" {
+		j.broken("malformed", "sent on: gopacket: %s", fault)
+	}
 	out := parse(j.r.out)
+	if fault := secondOpinion(out); fault != "" && p.exotic == "" {
+		j.broken("well-formed", "gopacket of what was sent: %s", fault)
+	}
 	if out.malformed != "" && p.malformed == "" {
 		j.broken("well-formed", "what was sent is malformed: %s", out.malformed)
 	}
@@ -200,7 +211,7 @@ func (j *judged) checkForward() {
 	if j.raisedPath(b) {
 		j.broken("path", "%d bytes to %v, of which is known that it takes %v: an error that told %d has raised it",
 			j.p.length()+b.overhead(), b.address, j.paths[b.address].known, j.paths[b.address].raised)
-		*j.paths[b.address] = path{known: map[uint32]bool{j.paths[b.address].raised: true}}
+		j.believeRaised(b)
 	}
 	if obstacles, free := j.obstaclesOf(b); !free {
 		j.broken("obstacle", "forwarded to %v, and should not: %v", b, obstacles)
@@ -307,7 +318,7 @@ func (j *judged) around(b *backend, inner image, hash uint64, body []byte) image
 	if b.overhead() == 0 {
 		return inner
 	}
-	return b.encapsulated(j.p, inner, hash, body)
+	return b.encapsulated(j.p, inner, hash, body, j.learned(b))
 }
 
 // errorForwarded compares an ICMP error on its way to a backend.
@@ -344,9 +355,12 @@ func (j *judged) checkReply() {
 		return
 	}
 	c := e.conversation
-	if c == nil && e.ghost {
-		c = j.haunted()
+	if c == nil || c.mayBeGone && e.note == nil {
+		if other := j.haunted(); other != nil {
+			c = other
+		}
 	}
+	j.client = c
 	if c == nil && e.note == nil {
 		j.broken("reply", "sent to a client, and no conversation is known that it belongs to")
 		return
@@ -398,16 +412,15 @@ func (j *judged) haunted() *conversation {
 	}
 	t := maps.Tuple{Source: out.to4(), Destination: out.from4(), Protocol: out.protocol}
 	s := j.world.keys[key{t.Destination, t.Protocol}]
-	if s == nil || j.ghosts[t] == nil {
+	if s == nil || j.ghosts[t] == nil || j.conversations[t] != nil {
 		return nil
 	}
 	for _, b := range s.members {
 		if b.stateful() && b.at(t.Destination) == j.p.from4() {
 			j.met["a reply to a client whose first packet was dropped"]++
-			return &conversation{
-				tuple: t, service: s, backend: b, source: j.p.to4(), hops: j.ghosts[t],
-				synEnds: map[uint32]bool{}, openers: map[uint32]uint32{},
-			}
+			c := *j.ghosts[t]
+			c.service, c.backend, c.source = s, b, j.p.to4()
+			return &c
 		}
 	}
 	return nil
@@ -496,24 +509,20 @@ func (j *judged) tooBigAnswered() error {
 			backends = []*backend{e.note.backend}
 		}
 		for _, b := range backends {
-			for _, mtu := range j.limitsOf(b) {
-				if mtu != 0 {
-					limits = append(limits, mtu-uint32(b.overhead()))
+			for _, learned := range j.learned(b) {
+				if !b.fits(p, learned) {
+					limits = append(limits, b.told(p, learned))
 				}
 			}
 		}
 	}
 	nearest := errors.New("nothing limits it")
 	for _, mtu := range limits {
-		if int(mtu) >= p.length() {
-			continue
-		}
 		err := errorAbout(p, j.r.out, kind, code, mtu)
 		if err == nil {
 			j.checkToldPath(mtu)
-			if p.family == 6 && mtu < 1280 {
-				// RFC 8201, section 4: nobody goes below; RFC 2473, section 7.1, has the tunnel fragment.
-				j.met["packet too big tells an MTU below 1280"]++
+			if int(mtu) >= p.length() {
+				j.met["packet too big tells an MTU that it does not exceed"]++
 			}
 			return nil
 		}
@@ -529,15 +538,15 @@ func (j *judged) checkToldPath(mtu uint32) {
 		if b.overhead() == 0 || known == nil || known.raised == 0 {
 			continue
 		}
-		for one := range known.known {
-			if b.lower(one)-uint32(b.overhead()) == mtu {
+		for learned := range known.known {
+			if b.told(j.p, learned) == mtu {
 				return
 			}
 		}
-		if b.lower(known.raised)-uint32(b.overhead()) == mtu {
+		if b.told(j.p, known.raised) == mtu {
 			j.broken("path", "the sender is told %d; of %v is known that it takes %v: an error that told %d has raised it",
 				mtu, b.address, known.known, known.raised)
-			*known = path{known: map[uint32]bool{known.raised: true}}
+			j.believeRaised(b)
 		}
 	}
 }
@@ -565,11 +574,7 @@ func (j *judged) checkTraffic() {
 		}
 		add(&want, e.service, j.backend, by)
 	case replied(v):
-		c := e.conversation
-		if c == nil {
-			c = j.haunted()
-		}
-		if c != nil {
+		if c := j.client; c != nil {
 			add(&want, c.service, c.backend, traffic{replyPackets: 1, replyBytes: length})
 		} else if e.note != nil {
 			add(&want, e.note.service, e.note.backend, traffic{replyPackets: 1, replyBytes: length})
@@ -644,7 +649,7 @@ func (j *judged) possible(e event) bool {
 	case bpf.FairleadEventEVENT_REMOVED:
 		return client || reset(v) || late
 	case bpf.FairleadEventEVENT_COLLISION:
-		return v == forwardNew || v == resetNoPort || v == resetNoBackend || late
+		return v == forwardNew || v == resetNoPort || v == resetNoBackend || v == resetTableFull || late
 	case bpf.FairleadEventEVENT_PATH_MTU:
 		_, told := uint32(0), false
 		if v == passTunnelError {
@@ -654,6 +659,9 @@ func (j *judged) possible(e event) bool {
 	}
 	return false
 }
+
+// openingWindow is how far beyond the SYN-ACK the client's first acknowledgement may be.
+const openingWindow = 1<<16 - 1
 
 func (j *judged) checkEvents() {
 	for i, n := range j.r.events {
@@ -676,15 +684,15 @@ func (j *judged) checkEvents() {
 	t := j.p.transport()
 	fits := false
 	for from, end := range c.openers {
-		fits = fits || be32(t[8:])-from <= end-from
+		fits = fits || be32(t[8:])-from <= max(end-from, openingWindow)
 	}
 	if t[13]&ack == 0 || !fits {
 		j.broken("confirmed", "by a segment that acknowledges %d; what the backend sent since its SYN-ACK: %v", be32(t[8:]), c.openers)
 	}
 }
 
-// learnPath notes what an error said of a tunnel's way (RFC 1191, section 6.3; RFC 8201, section 4).
-func (j *judged) learnPath() {
+// checkPath judges, and notes, what an error said of a tunnel's way (RFC 1191, section 6.3; RFC 8201, section 4).
+func (j *judged) checkPath() {
 	q := j.e.quoted
 	if q == nil {
 		return
@@ -692,7 +700,7 @@ func (j *judged) learnPath() {
 	end := q.destination.Addr()
 	noted := j.r.event(bpf.FairleadEventEVENT_PATH_MTU)
 	mtu, told := toldMTU(j.p)
-	if !told {
+	if !told || mtu == 0 && !noted { // a router that knows no MTU (RFC 1191, section 5): a guess is as good as none
 		return
 	}
 	least := uint32(576)
@@ -700,10 +708,16 @@ func (j *judged) learnPath() {
 		least = 1280
 	}
 	mtu = max(mtu, least)
-	if j.paths[end] == nil {
-		j.paths[end] = &path{known: map[uint32]bool{0: true}}
+	known := &path{known: map[uint32]bool{0: true}}
+	if j.paths[end] != nil {
+		known = j.paths[end]
 	}
-	known := j.paths[end]
+	now := path{known: maps2.Clone(known.known), raised: known.raised}
+	defer func() {
+		if j.learns {
+			j.paths[end] = &now
+		}
+	}()
 	lower, surely := false, true // than what is known
 	for one := range known.known {
 		is := one == 0 || mtu < one
@@ -716,14 +730,13 @@ func (j *judged) learnPath() {
 		if !lower {
 			j.broken("path", "%d noted, and %v was known: an error that told %d must have raised it", mtu, known.known, known.raised)
 		}
-		*known = path{known: map[uint32]bool{mtu: true}}
+		now = path{known: map[uint32]bool{mtu: true}}
 	case surely && !known.known[0]:
 		j.broken("path", "%d is lower than what is known, %v, and was not noted", mtu, known.known)
 	case lower:
-		known.known[mtu] = true
-		j.met["a path's first MTU without event"]++
+		now.known[mtu] = true
 	case mtu > known.raised:
-		known.raised = mtu
+		now.raised = mtu
 	}
 }
 
@@ -733,12 +746,19 @@ func (j *judged) raisedPath(b *backend) bool {
 	if b.overhead() == 0 || known == nil || known.raised == 0 {
 		return false
 	}
-	for one := range known.known {
-		if fits(j.p.length()+b.overhead(), b.lower(one)) {
+	for learned := range known.known {
+		if b.fits(j.p, learned) {
 			return false
 		}
 	}
 	return true
+}
+
+// believeRaised goes on with what the data plane was seen to believe.
+func (j *judged) believeRaised(b *backend) {
+	if j.learns {
+		j.paths[b.address] = &path{known: map[uint32]bool{j.paths[b.address].raised: true}}
+	}
 }
 
 // learn notes what the packet changed.
@@ -756,7 +776,7 @@ func (j *judged) learn() {
 		c := e.conversation
 		opens := p.protocol == protoUDP || e.flags&syn != 0
 		if c == nil || c.closing || !c.confirmed && opens && !c.backend.usable() {
-			j.ghosts[tupleOf(p)] = saw(j.ghosts[tupleOf(p)], hopOf(p, j.ingress))
+			j.haunt()
 		}
 		if j.r.event(bpf.FairleadEventEVENT_PORT_STOLEN) { // whose is not known
 			for _, robbed := range j.conversations {
@@ -769,6 +789,7 @@ func (j *judged) learn() {
 		}
 	case e.reply && e.conversation != nil:
 		j.mark(e.conversation) // looked up before it was seen that it can't go on
+		j.learnNumbers(e.conversation)
 	}
 }
 
@@ -785,7 +806,7 @@ func (j *judged) learnForward() {
 	p, e, b := j.p, j.e, j.backend
 	t := tupleOf(p)
 	c := e.conversation
-	haunts := j.ghosts[t]
+	ghost := j.ghosts[t]
 	delete(j.ghosts, t)
 	out := parse(j.r.out)
 	source := p.from4()
@@ -803,8 +824,12 @@ func (j *judged) learnForward() {
 		if c != nil {
 			j.drop(c)
 		}
-		c = &conversation{tuple: t, service: e.service, backend: b, source: source, synEnds: map[uint32]bool{}, openers: map[uint32]uint32{}}
-		c.confirmed, c.hops = j.v == forwardAdopted || j.v == forwardTable, haunts
+		c = ghost
+		if c == nil {
+			c = newConversation(t)
+		}
+		c.service, c.backend, c.source = e.service, b, source
+		c.confirmed = j.v == forwardAdopted || j.v == forwardTable
 		j.conversations[t] = c
 		if way, ok := c.wayBack(); ok {
 			if owner := j.waysBack[way]; owner != nil && owner != c && j.conversations[owner.tuple] == owner {
@@ -825,11 +850,7 @@ func (j *judged) learnForward() {
 	}
 	c.hops = saw(c.hops, hopOf(p, j.ingress))
 	j.mark(c)
-	if p.protocol == protoTCP && e.flags&syn != 0 {
-		tcp := p.transport()
-		c.synEnds[be32(tcp[4:])+1] = true
-		c.synEnds[be32(tcp[4:])+1+uint32(len(tcp)-int(tcp[12]>>4)*4)] = true
-	}
+	j.learnSYN(c)
 	j.noteFragments(c, source)
 }
 
@@ -866,14 +887,17 @@ func (j *judged) ownIdentity(n *note) {
 }
 
 func (j *judged) learnReply() {
-	p, c := j.p, j.e.conversation
+	p, c := j.p, j.client
 	if c == nil {
-		if c = j.haunted(); c == nil {
-			return
-		}
+		return
+	}
+	if j.ghosts[c.tuple] != nil { // it is noted, then
 		delete(j.ghosts, c.tuple)
 		j.conversations[c.tuple] = c
 		if way, ok := c.wayBack(); ok {
+			if owner := j.waysBack[way]; owner != nil && owner != c {
+				j.drop(owner)
+			}
 			j.waysBack[way] = c
 		}
 	}
@@ -881,21 +905,7 @@ func (j *judged) learnReply() {
 	if j.v == replyTable {
 		c.confirmed = true
 	}
-	if p.protocol == protoTCP {
-		t := p.transport()
-		end := be32(t[4:]) + uint32(len(t)-int(t[12]>>4)*4)
-		if t[13]&(syn|fin) != 0 {
-			end++
-		}
-		if j.answersSYN(c, p) {
-			c.openers[be32(t[4:])+1] = max(end, c.openers[be32(t[4:])+1])
-		}
-		for from, last := range c.openers {
-			if int32(end-last) > 0 {
-				c.openers[from] = end
-			}
-		}
-	}
+	j.learnNumbers(c)
 	if p.fragment() {
 		n := &note{
 			reply: true, service: c.service, backend: c.backend, conversation: c,
@@ -904,4 +914,47 @@ func (j *judged) learnReply() {
 		j.ownIdentity(n)
 		j.fragments[fragmentKeyOf(p)] = n
 	}
+}
+
+// learnNumbers notes what a backend's segment sends, and so may be acknowledged.
+func (j *judged) learnNumbers(c *conversation) {
+	p := j.p
+	if p.protocol != protoTCP || p.transportFault() != "" {
+		return
+	}
+	t := p.transport()
+	end := be32(t[4:]) + uint32(len(t)-int(t[12]>>4)*4)
+	if t[13]&(syn|fin) != 0 {
+		end++
+	}
+	if j.answersSYN(c, p) {
+		c.openers[be32(t[4:])+1] = end
+	}
+	for from, last := range c.openers {
+		if int32(end-last) > 0 {
+			c.openers[from] = end
+		}
+	}
+}
+
+// haunt notes a client that may be noted, though its packet did not go on.
+func (j *judged) haunt() {
+	t := tupleOf(j.p)
+	c := j.ghosts[t]
+	if c == nil {
+		c = newConversation(t)
+		j.ghosts[t] = c
+	}
+	c.hops = saw(c.hops, hopOf(j.p, j.ingress))
+	j.learnSYN(c)
+}
+
+// learnSYN notes which acknowledgements answer the client's SYNs.
+func (j *judged) learnSYN(c *conversation) {
+	if j.p.protocol != protoTCP || j.e.flags&syn == 0 {
+		return
+	}
+	t := j.p.transport()
+	c.synEnds[be32(t[4:])+1] = true
+	c.synEnds[be32(t[4:])+1+uint32(len(t)-int(t[12]>>4)*4)] = true
 }

@@ -206,8 +206,9 @@ func (b *backend) overhead() int {
 }
 
 // encapsulated is the outer packet around an inner one, which has been routed (RFC 2003, 2473, 4213, 6040; GUE, variant
-// 1). The outer identification is the one that got is seen to have, where it is free.
-func (b *backend) encapsulated(p *packet, inner image, hash uint64, got []byte) image {
+// 1). The outer identification is the one that got is seen to have, where it is free. Around an IPv6 packet the outer one
+// must not be fragmented, unless the way is known to be too narrow for IPv6's least (RFC 4213, section 3.2.2).
+func (b *backend) encapsulated(p *packet, inner image, hash uint64, got []byte, learned []uint32) image {
 	length := len(inner.bytes)
 	protocol, udp := byte(protoIPIP), []byte(nil)
 	if p.family == 6 {
@@ -225,7 +226,22 @@ func (b *backend) encapsulated(p *packet, inner image, hash uint64, got []byte) 
 		ip := make([]byte, 20)
 		ip[0], ip[1], ip[8], ip[9] = 0x45, p.tos, 64, protocol
 		binary.BigEndian.PutUint16(ip[2:], uint16(20+length))
-		if p.df {
+		dont := p.df
+		if p.family == 6 && len(got) > 6 && got[6]&0x40 == 0 {
+			for _, mtu := range learned {
+				dont = dont && (mtu == 0 || mtu >= leastIPv6+uint32(b.overhead()))
+			}
+		}
+		if p.family == 6 && dont {
+			narrow := 0
+			for _, mtu := range learned {
+				if !within(20+length, mtu) {
+					narrow++
+				}
+			}
+			dont = narrow < len(learned)
+		}
+		if dont {
 			ip[6] = 0x40
 		} else if len(got) >= 6 {
 			copy(ip[4:6], got[4:6])

@@ -3,6 +3,10 @@ package model
 import (
 	"encoding/binary"
 	"net/netip"
+	"strings"
+
+	"github.com/gopacket/gopacket"
+	"github.com/gopacket/gopacket/layers"
 )
 
 // What is on the wire, by the RFCs alone.
@@ -373,4 +377,32 @@ func unicast(a netip.Addr) bool {
 		return first != 0 && first != 127 && first < 224
 	}
 	return !a.IsUnspecified() && !a.IsMulticast() && !a.IsLoopback()
+}
+
+// secondOpinion is what gopacket finds wrong with a packet's network header, and with the transport header of a whole one;
+// "": nothing. TCP's options are the ends' own matter.
+func secondOpinion(p *packet) string {
+	if p.family == 0 {
+		return ""
+	}
+	all := gopacket.NewPacket(p.frame, layers.LayerTypeEthernet, gopacket.DecodeOptions{Lazy: true, NoCopy: true})
+	network := all.NetworkLayer()
+	failed := func() string {
+		if failure := all.ErrorLayer(); failure != nil {
+			return failure.Error().Error()
+		}
+		return "cut short"
+	}
+	if network == nil || p.extensions == 0 && all.Metadata().Truncated { // a hop-by-hop header it takes for a missing part
+		return failed()
+	}
+	if p.fragment() || p.extensions > 0 || p.protocol != protoTCP && p.protocol != protoUDP {
+		return ""
+	}
+	if transport := all.TransportLayer(); transport == nil {
+		if fault := failed(); !strings.Contains(fault, "option") {
+			return fault
+		}
+	}
+	return ""
 }

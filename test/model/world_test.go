@@ -191,7 +191,7 @@ func newWorld(p *plane, d devices, random *rand.Rand) (*world, error) {
 	for _, s := range w.wanted.Services {
 		for _, b := range s.Backends {
 			if _, ok := w.hops[b.Address]; !ok {
-				w.hops[b.Address] = w.newHop(random)
+				w.hops[b.Address] = w.newHop(random, b.Address)
 			}
 		}
 	}
@@ -213,13 +213,16 @@ func newWorld(p *plane, d devices, random *rand.Rand) (*world, error) {
 	return w, w.apply()
 }
 
-// newHop is a random next hop.
-func (w *world) newHop(random *rand.Rand) maps.NextHop {
+// newHop is a random next hop. IPv6's least MTU holds for ways that IPv6 packets take.
+func (w *world) newHop(random *rand.Rand, a netip.Addr) maps.NextHop {
 	d := w.devices[random.IntN(3)]
 	hop := maps.NextHop{
 		Known: true, Interface: d.index, SourceMAC: d.mac,
 		MTU: []uint32{1500, 1500, 1400, 9000, 1300, 600, 0}[random.IntN(7)],
 		MAC: mac{2, 0xbe, byte(random.IntN(256)), byte(random.IntN(256)), byte(random.IntN(256)), byte(random.IntN(256))},
+	}
+	if hop.MTU == 600 && (a.Is6() || w.tunnels[a]) {
+		hop.MTU = 1280
 	}
 	switch random.IntN(4) {
 	case 0:
@@ -371,7 +374,7 @@ func (w *world) change(random *rand.Rand) (what string, err error) {
 		}
 		return fmt.Sprintf("weight %s/%s %d", s.Name, b.Name, b.Weight), w.apply()
 	case 2:
-		hop := w.newHop(random)
+		hop := w.newHop(random, b.Address)
 		hop.Known = random.IntN(3) > 0
 		if !hop.Known {
 			hop = maps.NextHop{Reason: "no answer"}
@@ -399,7 +402,7 @@ func (w *world) change(random *rand.Rand) (what string, err error) {
 	for _, s := range w.wanted.Services { // all are reachable again
 		for _, b := range s.Backends {
 			if !w.hops[b.Address].Known {
-				w.hops[b.Address] = w.newHop(random)
+				w.hops[b.Address] = w.newHop(random, b.Address)
 				news[b.Address] = w.hops[b.Address]
 			}
 		}

@@ -590,6 +590,15 @@ func (c *conversation) finishOpening() {
 // udpProof is how long a client has to go on sending over UDP, twice, where replies go past us: a second, in ticks.
 const udpProof = 60
 
+// first is the tick of the connection's first packet.
+func (c *conversation) first() uint32 {
+	c.Helper()
+	if half, found := c.halfOpen(c.client, c.scene.service.address); found {
+		return half.First
+	}
+	return c.entry().Opened
+}
+
 // age makes the connection older by so many ticks.
 func (c *conversation) age(ticks uint32) {
 	c.Helper()

@@ -212,17 +212,19 @@ func TestFragmentsFollow(t *testing.T) {
 		p.backends, p.twoArms = 3, true
 		eachProtocol(t, p, func(t *testing.T, p plan) {
 			s := newManaged(t, f, w.method, p)
-			c := s.newClient().openAs()
+			c, other := s.newClient().openAs(), s.newClient().openAs()
 			for i, number := range ids {
 				for _, cuts := range [][]int{{5}, {5, 6}, {40, 80, 120}, {5, 6, 7, 8, 9, 10, 11, 12}} {
 					j := c.sends(inFragments(c.outward(1000+i), number, cuts...))
 					j.arrives(0, forwardTable)
+					other.send(other.segment(ack, "in between"), forwardTable)
 					j.follows()
 					if !rewrites(w.method) {
 						continue
 					}
 					j = c.answers(inFragments(c.homeward(1000+i), number, cuts...))
 					j.arrives(0, replyTable)
+					other.reply(other.answer(ack, "in between"), replyTable)
 					j.follows()
 				}
 			}
@@ -650,6 +652,53 @@ func TestFragmentsOfBadLengths(t *testing.T) {
 				bad(frame, j)
 			}
 		})
+	})
+}
+
+// Later fragments whose IP header says that the packet ends before its headers do, or behind the frame.
+func TestLaterFragmentsOfBadLengths(t *testing.T) {
+	eachWay(t, nil, func(t *testing.T, f family, w way, p plan) {
+		s := newManaged(t, f, w.method, p)
+		c := s.newClient().open()
+		j := c.sends(inFragments(c.outward(100), 7, 5, 6))
+		frame := j.piece(1)
+		at, least := ethernetHeader+2, uint16(20)
+		if f.name == "ipv6" {
+			at, least = ethernetHeader+4, 8 // the fragment header
+		}
+		whole := binary.BigEndian.Uint16(frame[at:])
+		for length := range least {
+			binary.BigEndian.PutUint16(frame[at:], length)
+			j.halts(frame, passFragment, 0)
+		}
+		j.arrives(0, forwardTable)
+		for length := range least {
+			binary.BigEndian.PutUint16(frame[at:], length)
+			j.halts(frame, dropBadHeader, 0)
+		}
+		for _, length := range []uint16{whole + 1, whole + 1000, 65535} {
+			binary.BigEndian.PutUint16(frame[at:], length)
+			j.halts(frame, dropTruncated, 0)
+		}
+		j.follows()
+	})
+}
+
+// A frame to or from a group's MAC is no router's to pass on (RFC 1812, section 5.3.4).
+func TestFragmentsOfGroups(t *testing.T) {
+	eachWay(t, nil, func(t *testing.T, f family, w way, p plan) {
+		s := newManaged(t, f, w.method, p)
+		c := s.newClient().open()
+		j := c.sends(inFragments(c.outward(100), 7, 5, 6))
+		j.arrives(0, forwardTable)
+		source, destination := j.ethSource, j.ethDestination
+		for _, group := range [][2][6]byte{{broadcast, destination}, {source, broadcast}, {source, mac("33:33:00:00:00:01")}} {
+			j.ethSource, j.ethDestination = group[0], group[1]
+			j.stops(0, passNotOurs)
+			j.stops(1, passFragment)
+		}
+		j.ethSource, j.ethDestination = source, destination
+		j.follows()
 	})
 }
 

@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"fairlead/bpf"
 	"fairlead/maps"
@@ -636,6 +637,11 @@ func TestErrorsNotOurs(t *testing.T) {
 				return func(m *message) { m.body = bytes.Clone(m.body); m.body[0] = value }
 			}
 			pass("outer destination not the quoted source", passICMP, seen, func(m *message) { m.destination = plus(m.destination, 1) })
+			pass("to a group's MAC", passICMP, seen, func(m *message) { m.ethDestination = broadcast })
+			pass("from a group's MAC", passICMP, seen, func(m *message) { m.ethSource = broadcast })
+			for _, nobody := range nobodies[f.name] {
+				pass("from "+nobody.String(), passICMP, seen, func(m *message) { m.source = nobody })
+			}
 			pass("from another port of the service's address", passICMP,
 				seen.between(netip.AddrPortFrom(f.service.Addr(), 80), c.client), nil)
 			pass("from another address", passICMP, seen.between(netip.AddrPortFrom(plus(f.service.Addr(), 1), 443), c.client),
@@ -783,48 +789,47 @@ func TestTunnelPathMTU(t *testing.T) {
 		c, elsewhere := s.clientOf(1).open(), s.clientOf(2).open()
 		less := int(w.overhead())
 		c.takes(mtu - less)
-		say := func(size uint32, quote int, events ...event) {
+		say := func(size uint32, quote int) {
 			t.Helper()
 			before := s.tick()
-			c.told(c.tunnelError(c.segment(ack, "data"), tooBigKind(outer, size), quote), events...)
-			if path := c.path(); int32(path.Tick-before) < 0 || int32(s.tick()-path.Tick) < 0 {
-				t.Errorf("noted at tick %d, before %d or after %d", path.Tick, before, s.tick())
+			c.told(c.tunnelError(c.segment(ack, "data"), tooBigKind(outer, size), quote), pathLess)
+			if path := c.path(); path.Mtu != size || int32(path.Tick-before) < 0 || int32(s.tick()-path.Tick) < 0 {
+				t.Errorf("told %d in ticks %d to %d, it is known as %+v", size, before, s.tick(), path)
 			}
 		}
-		say(1480, int(outer.ipHeader())+8, pathLess)
+		sayNothing := func(k errorKind) {
+			t.Helper()
+			before := c.path()
+			c.told(c.tunnelError(c.segment(ack, "data"), k, wholePacket))
+			if c.path() != before {
+				t.Errorf("told %v, the path is known as %+v, want %+v", k, c.path(), before)
+			}
+		}
+		say(1480, int(outer.ipHeader())+8)
 		c.takes(1480 - less)
 		elsewhere.takes(mtu - less)
-		say(1480, wholePacket)
-		c.takes(1480 - less)
-		say(1400, wholePacket, pathLess)
+		say(1400, wholePacket)
 		c.takes(1400 - less)
-		// The latest word counts, for more as well; never for more than the next hop's device takes.
-		say(1500, wholePacket)
-		c.takes(1500 - less)
-		say(9500, wholePacket)
-		c.takes(mtu - less)
-		say(1440, wholePacket, pathLess)
-		c.takes(1440 - less)
+		// That it takes more again only time tells (RFC 1191, section 6.3).
+		for _, size := range []uint32{1400, 1401, 1500, 65535} {
+			sayNothing(tooBigKind(outer, size))
+		}
+		c.takes(1400 - less)
 
 		// What says nothing of length changes nothing.
-		before := c.path()
 		for _, k := range errorKinds(outer) {
-			if k.kind == tooBigKind(outer, 0).kind && (outer.name == "ipv6" || k.code == fragmentNeeded) {
-				continue
+			if k.kind != tooBigKind(outer, 0).kind || outer.name == "ipv4" && k.code != fragmentNeeded {
+				sayNothing(k)
 			}
-			c.told(c.tunnelError(c.segment(ack, "data"), k, wholePacket))
 		}
-		c.told(c.tunnelError(c.segment(ack, "data"), tooBigKind(outer, 0), wholePacket))
-		if c.path() != before {
-			t.Errorf("the path is known as %+v, want %+v", c.path(), before)
-		}
+		sayNothing(tooBigKind(outer, 0))
 
 		// Ten minutes on, it may take more.
-		forgotten := before
-		forgotten.Tick -= maps.Ticks(600e9) + 1
+		forgotten := c.path()
+		forgotten.Tick -= maps.Ticks(10*time.Minute) + 1
 		s.must(s.Paths.Put(pathKey(s.backends[0].address.Addr()), forgotten))
 		c.takes(mtu - less)
-		say(1460, wholePacket, pathLess) // more than before, and less than is known by now
+		say(1460, wholePacket) // more than before, and less than is known by now
 		c.takes(1460 - less)
 	})
 }
@@ -866,13 +871,9 @@ func TestTunnelLeastMTU(t *testing.T) {
 			return
 		}
 		// The way's routers may cut these (RFC 4213, section 3.2.2).
-		for _, length := range []int{fits + 1, 576, 577, 1000, 1280} {
-			long, running := c.long(length), s.control().Identifications
-			want := c.forwarded(long, running)
-			want.outer.df, want.outer.id = false, network(uint16(running))
-			s.deliver(long.bytes(), theKernel.front, expectation{
-				verdict: forwardTable, frame: want.bytes(), to: theKernel.front.index, service: 1, backend: 1,
-			})
+		c.loose = true
+		for _, length := range []int{fits, fits + 1, 576, 577, 1000, 1280} {
+			c.send(c.long(length), forwardTable)
 		}
 	})
 }
@@ -962,24 +963,45 @@ func TestTunnelErrorsOfAllLengths(t *testing.T) {
 	})
 }
 
-// An error that no tunnel takes is dropped by name, and counted as nothing that went anywhere.
-func TestErrorsTooBigForTunnel(t *testing.T) {
-	eachWay(t, tunnels, func(t *testing.T, f family, w way, p plan) {
-		p.mtu = 1280
+// An error that its way does not take is dropped by name, never answered with another (RFC 1122, section 3.2.2), and
+// counted as nothing that went anywhere.
+func TestErrorsTooBig(t *testing.T) {
+	eachWay(t, nil, func(t *testing.T, f family, w way, p plan) {
+		p.mtu, p.twoArms = 1400, true
 		s := newManaged(t, f, w.method, p)
+		devices := bothDevices()
+		devices[0].MTU = 1400
+		s.must(s.manager.SetDevices(devices))
 		c := s.newClient().open()
-		for _, fits := range []bool{true, false} {
-			in, want := c.errorAbout(c.answer(ack, strings.Repeat("Fairlead", 200)), tooBigKind(f, 1300), wholePacket)
-			length := p.mtu - w.overhead()
-			if !fits {
-				length++
+		much := strings.Repeat("Fairlead", 200)
+		for _, df := range []bool{true, false} {
+			resize := func(in, want message, length uint32) (message, message) {
+				in.df, want.df = df, df
+				if want.outer != nil {
+					want.outer.df = df || f.name == "ipv6"
+				}
+				quoted := int(length) - (in.icmpOffset() - ethernetHeader) - icmpHeader
+				in.body, want.body = in.body[:quoted], want.body[:quoted]
+				return in, want
 			}
-			in.body = in.body[:int(length)-(in.icmpOffset()-ethernetHeader)-icmpHeader]
-			want.body = in.body
-			if fits {
-				c.toBackend(in, want)
-			} else {
-				s.deliver(in.bytes(), theKernel.front, expectation{verdict: dropTooBig})
+			for longer := range uint32(2) {
+				in, want := c.errorAbout(c.answer(ack, much), tooBigKind(f, 1300), wholePacket)
+				in, want = resize(in, want, p.mtu-w.overhead()+longer)
+				if longer > 0 {
+					s.deliver(in.bytes(), theKernel.front, expectation{verdict: dropTooBig})
+				} else {
+					c.toBackend(in, want)
+				}
+				if !rewrites(w.method) {
+					continue
+				}
+				in, want = c.errorAboutClient(c.segment(ack, much), tooBigKind(f, 1300), wholePacket)
+				in, want = resize(in, want, 1400+longer)
+				if longer > 0 {
+					s.deliver(in.bytes(), theKernel.back, expectation{verdict: dropTooBig})
+				} else {
+					c.toClient(in, want)
+				}
 			}
 		}
 	})

@@ -87,6 +87,7 @@ func TestTooBig(t *testing.T) {
 				c.reply(free, dropTooBig)
 			}
 			// Back by the device that it came by, a packet fits: it fitted in.
+			s.must(s.Devices.Put(uint32(theKernel.back.index), bpf.FairleadDevice{Mtu: 1300, Mac: backMAC}))
 			c.from = theKernel.back
 			c.send(c.long(200), forwardTable)
 			c.reply(c.longAnswer(1301), replyTable)
@@ -220,8 +221,7 @@ func TestPathMTUBelowLeast(t *testing.T) {
 			// Not so where the next device takes no more: there it would be lost.
 			s.backends[0].mtu = 1000
 			s.setBackend(s.backends[0])
-			c.tooBigFor = 1280
-			c.send(c.long(1280), answerTooBig)
+			c.send(c.long(1280), dropTooBig)
 		})
 	}
 }

@@ -22,6 +22,14 @@ const (
 
 var broadcast = mac("ff:ff:ff:ff:ff:ff")
 
+// nobodies are source addresses that no host has on a wire (RFC 1122, section 3.2.1.3; RFC 4291, section 2).
+var nobodies = map[string][]netip.Addr{
+	"ipv4": {netip.MustParseAddr("0.0.0.0"), netip.MustParseAddr("127.0.0.1"), netip.MustParseAddr("224.0.0.1"),
+		netip.MustParseAddr("239.1.2.3"), netip.MustParseAddr("255.255.255.255")},
+	"ipv6": {netip.MustParseAddr("::"), netip.MustParseAddr("::1"), netip.MustParseAddr("ff02::1"),
+		netip.MustParseAddr("ff0e::1234")},
+}
+
 // arp is ARP for IPv4 over Ethernet in its frame, by its fields (RFC 826).
 type arp struct {
 	ethSource, ethDestination     [6]byte
@@ -127,6 +135,8 @@ func TestARPNotOurs(t *testing.T) {
 		{"hardware addresses of 8 bytes", func(a *arp) { a.hardwareLength = 8 }},
 		{"hardware addresses of 0 bytes", func(a *arp) { a.hardwareLength = 0 }},
 		{"protocol addresses of 16 bytes", func(a *arp) { a.networkLength = 16 }},
+		{"from a group's MAC", func(a *arp) { a.senderMAC = mac("01:00:5e:00:00:01") }},
+		{"in a frame from a group's MAC", func(a *arp) { a.ethSource = broadcast }},
 		{"three tags", func(a *arp) { a.tags = []tag{{0x88a8, 100}, {0x8100, 5}, {0x8100, 6}} }},
 	}
 	for _, e := range edits {
@@ -325,6 +335,9 @@ func TestNDPInvalid(t *testing.T) {
 			func(m *message) { m.body = slices.Concat(m.body, []byte{14, 0, 0, 0, 0, 0, 0, 0}) }, nil},
 		{"probe to the address itself", probe(f.service.Addr()),
 			func(m *message) { m.ethDestination, m.destination = edgeMAC, f.service.Addr() }, nil},
+		{"from a group", solicitation(f.service.Addr()), func(m *message) { m.source = allNodes }, nil},
+		{"from a group's MAC", solicitation(f.service.Addr()), func(m *message) { m.ethSource = broadcast }, nil},
+		{"an option cut off", solicitation(f.service.Addr()), func(m *message) { m.body = m.body[:20] }, nil},
 		{"probe that tells a MAC", probe(f.service.Addr()),
 			func(m *message) { m.body = slices.Concat(m.body, senderMACOption) }, nil},
 	} {
@@ -586,25 +599,25 @@ func TestEchoTruncated(t *testing.T) {
 func TestEchoFromNobody(t *testing.T) {
 	each(t, func(t *testing.T, f family) {
 		s := newOwn(t, f)
-		sources := []string{"0.0.0.0", "224.0.0.1", "239.1.2.3", "255.255.255.255"}
 		groups := []string{"ff:ff:ff:ff:ff:ff", "01:00:5e:00:00:01"}
 		if f.name == "ipv6" {
-			sources = []string{"::", "ff02::1", "ff0e::1234"}
 			groups = []string{"ff:ff:ff:ff:ff:ff", "33:33:ff:00:00:10"}
 		}
-		for _, source := range sources {
-			t.Run("from "+source, func(t *testing.T) {
+		for _, source := range nobodies[f.name] {
+			t.Run("from "+source.String(), func(t *testing.T) {
 				s.in(t)
 				ask := ping(f, f.service.Addr(), "are you there?")
-				ask.source = netip.MustParseAddr(source)
+				ask.source = source
 				s.pass(ask.bytes(), passICMP)
 			})
 		}
 		for _, group := range groups {
-			t.Run("to "+group, func(t *testing.T) {
+			t.Run("to and from "+group, func(t *testing.T) {
 				s.in(t)
 				ask := ping(f, f.service.Addr(), "are you there?")
 				ask.ethDestination = mac(group)
+				s.pass(ask.bytes(), passICMP)
+				ask.ethSource, ask.ethDestination = ask.ethDestination, edgeMAC
 				s.pass(ask.bytes(), passICMP)
 			})
 		}

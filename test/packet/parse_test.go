@@ -548,34 +548,32 @@ func TestNotOurs(t *testing.T) {
 
 // What a configuration doesn't use is compiled out, and the rest works.
 func TestSettings(t *testing.T) {
-	for _, test := range []struct {
-		off      string
-		family   int
-		method   bpf.FairleadMethod
-		verdict  verdict
-		ownClass bool // the family itself is off
-	}{
-		{"use_ipv4", 1, fullnat, forwardNew, false},
-		{"use_ipv4", 0, fullnat, passNotOurs, true},
-		{"use_ipv6", 0, dsr, forwardNew, false},
-		{"use_ipv6", 1, dsr, passNotOurs, true},
-		{"use_fullnat", 0, dsr, forwardNew, false},
-		{"use_fullnat", 1, dsr, forwardNew, false},
-		{"use_dsr", 0, fullnat, forwardNew, false},
-		{"use_dsr", 1, fullnat, forwardNew, false},
-		{"use_affinity_client", 0, fullnat, forwardNew, false},
-		{"use_affinity_client", 1, dsr, forwardNew, false},
-	} {
-		f := families[test.family]
-		t.Run(test.off+"/"+f.name, func(t *testing.T) {
-			s := newScene(t, f, test.method, plan{backends: 2, settings: []setting{constant(test.off, uint8(0))}})
-			c := s.newClient()
-			c.send(c.segment(syn, ""), test.verdict)
-			if !test.ownClass {
-				c.finishOpening()
-				s.rebuildExceptions()
-				c.send(c.segment(ack, "data"), c.settledVerdict())
+	t.Parallel()
+	own := map[bpf.FairleadMethod]string{
+		fullnat: "use_fullnat", nat: "use_nat", dsr: "use_dsr", ipip: "use_tunnel", gue: "use_tunnel",
+	}
+	offs := []string{"use_ipv4", "use_ipv6", "use_affinity_client", "use_fullnat", "use_nat", "use_dsr", "use_tunnel"}
+	for _, off := range offs {
+		for _, f := range families {
+			for name, method := range methods {
+				t.Run(fmt.Sprintf("%s/%s/%s", off, name, f.name), func(t *testing.T) {
+					s := newScene(t, f, method, plan{backends: 2, settings: []setting{constant(off, uint8(0))}})
+					c := s.newClient()
+					switch off {
+					case "use_" + f.name:
+						c.send(c.segment(syn, ""), passNotOurs)
+					case own[method]:
+						c.send(c.segment(syn, ""), dropNoRing)
+					default:
+						c.open()
+						s.rebuildExceptions()
+						c.send(c.segment(ack, "data"), c.settledVerdict())
+						if rewrites(method) {
+							c.reply(c.answer(ack, "data"), replyTable)
+						}
+					}
+				})
 			}
-		})
+		}
 	}
 }
