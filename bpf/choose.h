@@ -98,10 +98,8 @@ __noinline int connection_insert(struct half_open *from, struct service *service
 			return false;
 		connection_remove(old->generation, ROOM_PACKETS);
 	}
-	if (flow->family == FAMILY_IPV4)
-		failed = bpf_map_update_elem(&connections4, &flow->tuple.v4, value, BPF_NOEXIST);
-	else
-		failed = bpf_map_update_elem(&connections6, &flow->tuple.v6, value, BPF_NOEXIST);
+	failed = BY_FAMILY(flow->family, &flow->tuple, connections4, connections6, bpf_map_update_elem, value,
+			   BPF_NOEXIST);
 	if (failed == -EEXIST) // another CPU was first, with a packet of the same connection
 		return true;
 	if (failed) {
@@ -229,7 +227,7 @@ static __always_inline enum verdict half_opened(struct flow *flow, struct servic
 	if (is_udp(flow)) {
 		// Where replies are seen, one has confirmed it already, if there was room; elsewhere a client that goes
 		// on sending does.
-		if (half->state & HALF_STATELESS ? now - half->first >= UDP_PROOF : half->state & HALF_SYN_ACK)
+		if (half->state & HALF_STATELESS ? since(now, half->first) >= UDP_PROOF : half->state & HALF_SYN_ACK)
 			confirm(half, service, half->state & HALF_STATELESS ? STATE_STATELESS | STATE_YOUNG : 0, now);
 		return FORWARD_HALF_OPEN;
 	}
@@ -299,7 +297,7 @@ __noinline int nat_way_free(struct backend *backend, __u32 now)
 	if (reply_find(flow->family, &room->port.reply, client) && !same_tuple(flow->family, client, &flow->tuple))
 		return false;
 	back = half_reply_find(flow->family, &room->port.reply, client);
-	return !back || now - back->first >= half_open_life || same_tuple(flow->family, client, &flow->tuple);
+	return !back || since(now, back->first) >= half_open_life || same_tuple(flow->family, client, &flow->tuple);
 }
 
 // opening is a SYN, or UDP's first packet, of a connection nobody knows.
@@ -386,10 +384,7 @@ __noinline int opening(struct service *service, struct choice *choice)
 	// shares its fresh bit; and an entry on another slot's backend has its exception bit first.
 	if (stateless(backend->method) || hash != own)
 		exception_note(ctl, bits, flow->hash);
-	if (flow->family == FAMILY_IPV4)
-		bpf_map_update_elem(&half_open4, &flow->tuple.v4, half, BPF_ANY);
-	else
-		bpf_map_update_elem(&half_open6, &flow->tuple.v6, half, BPF_ANY);
+	BY_FAMILY(flow->family, &flow->tuple, half_open4, half_open6, bpf_map_update_elem, half, BPF_ANY);
 	choice->backend = half->backend;
 	choice->source = half->source;
 	choice->source_port = half->source_port;

@@ -5,13 +5,25 @@
 #include <asm-generic/errno-base.h>
 
 #include "bitmaps.h"
+#include "clock.h"
 #include "counters.h"
 #include "maps.h"
 #include "packet.h"
 
 // By family: a map of each kind.
 #define BY_FAMILY(family, tuple, map4, map6, call, ...)                                                                \
-	((family) == FAMILY_IPV4 ? call(&map4, &(tuple)->v4, ##__VA_ARGS__) : call(&map6, &(tuple)->v6, ##__VA_ARGS__))
+	({                                                                                                             \
+		__typeof__(call(&map4, &(tuple)->v4, ##__VA_ARGS__)) by_family;                                        \
+                                                                                                                       \
+		if ((family) == FAMILY_IPV4) {                                                                         \
+			by_family = call(&map4, &(tuple)->v4, ##__VA_ARGS__);                                          \
+			APART(by_family, FAMILY_IPV4);                                                                 \
+		} else {                                                                                               \
+			by_family = call(&map6, &(tuple)->v6, ##__VA_ARGS__);                                          \
+			APART(by_family, FAMILY_IPV6);                                                                 \
+		}                                                                                                      \
+		by_family;                                                                                             \
+	})
 
 static __always_inline __u32 tag_of(__u64 hash)
 {
@@ -30,7 +42,7 @@ static __always_inline struct half_open *half_open_find(__u8 family, const union
 {
 	struct half_open *half = BY_FAMILY(family, client, half_open4, half_open6, bpf_map_lookup_elem);
 
-	return half && half->tag == tag_of(hash) && now - half->first < half_open_life ? half : NULL;
+	return half && half->tag == tag_of(hash) && since(now, half->first) < half_open_life ? half : NULL;
 }
 
 static __always_inline void half_open_remove(__u8 family, const union tuple *client)
@@ -39,9 +51,11 @@ static __always_inline void half_open_remove(__u8 family, const union tuple *cli
 }
 
 // The look-ups of a way back also tell the client's tuple, to whoever wants to know it.
-#define REPLY_LOOK_UP(type, map, key)                                                                                  \
+#define REPLY_LOOK_UP(type, map, key, family)                                                                          \
 	do {                                                                                                           \
 		struct type *entry = bpf_map_lookup_elem(&map, &reply->key);                                           \
+                                                                                                                       \
+		APART(entry, family);                                                                                  \
 		if (!entry)                                                                                            \
 			return NULL;                                                                                   \
 		if (client)                                                                                            \
@@ -52,15 +66,15 @@ static __always_inline void half_open_remove(__u8 family, const union tuple *cli
 static __always_inline struct way_back *reply_find(__u8 family, const union tuple *reply, union tuple *client)
 {
 	if (family == FAMILY_IPV4)
-		REPLY_LOOK_UP(reply4, replies4, v4);
-	REPLY_LOOK_UP(reply6, replies6, v6);
+		REPLY_LOOK_UP(reply4, replies4, v4, FAMILY_IPV4);
+	REPLY_LOOK_UP(reply6, replies6, v6, FAMILY_IPV6);
 }
 
 static __always_inline struct way_back *half_reply_find(__u8 family, const union tuple *reply, union tuple *client)
 {
 	if (family == FAMILY_IPV4)
-		REPLY_LOOK_UP(reply4, half_replies4, v4);
-	REPLY_LOOK_UP(reply6, half_replies6, v6);
+		REPLY_LOOK_UP(reply4, half_replies4, v4, FAMILY_IPV4);
+	REPLY_LOOK_UP(reply6, half_replies6, v6, FAMILY_IPV6);
 }
 
 // reply_insert puts the way back of the flow in hand, key and value as they are in the scratch room. It answers as
@@ -68,19 +82,32 @@ static __always_inline struct way_back *half_reply_find(__u8 family, const union
 __noinline int reply_insert(__u32 half)
 {
 	struct scratch *room = scratch_get();
+	long failed;
 
 	if (!room)
 		return -EINVAL;
 	if (room->flow.family == FAMILY_IPV4) {
 		struct reply4 value = {.back = room->back, .client = room->flow.tuple.v4};
 
-		return half ? bpf_map_update_elem(&half_replies4, &room->port.reply.v4, &value, BPF_ANY)
-			    : bpf_map_update_elem(&replies4, &room->port.reply.v4, &value, BPF_NOEXIST);
+		if (!half) {
+			failed = bpf_map_update_elem(&replies4, &room->port.reply.v4, &value, BPF_NOEXIST);
+			APART(failed, FAMILY_IPV4);
+			return failed;
+		}
+		failed = bpf_map_update_elem(&half_replies4, &room->port.reply.v4, &value, BPF_ANY);
+		APART(failed, FAMILY_IPV4);
+		return failed;
 	}
 	struct reply6 value = {.back = room->back, .client = room->flow.tuple.v6};
 
-	return half ? bpf_map_update_elem(&half_replies6, &room->port.reply.v6, &value, BPF_ANY)
-		    : bpf_map_update_elem(&replies6, &room->port.reply.v6, &value, BPF_NOEXIST);
+	if (!half) {
+		failed = bpf_map_update_elem(&replies6, &room->port.reply.v6, &value, BPF_NOEXIST);
+		APART(failed, FAMILY_IPV6);
+		return failed;
+	}
+	failed = bpf_map_update_elem(&half_replies6, &room->port.reply.v6, &value, BPF_ANY);
+	APART(failed, FAMILY_IPV6);
+	return failed;
 }
 
 // fullnat_tuple is the tuple of the packets that a backend by fullnat sends back to a source address and port.

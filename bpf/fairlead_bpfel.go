@@ -75,6 +75,13 @@ type FairleadBudget struct {
 	Left uint32
 }
 
+type FairleadClock struct {
+	_       structs.HostLayout
+	Jiffies uint64
+	Tick    uint32
+	Pad     uint32
+}
+
 type FairleadConnection struct {
 	_                   structs.HostLayout
 	Backend             uint32
@@ -618,6 +625,7 @@ const (
 	FairleadMapBackends           = "backends"
 	FairleadMapBitmaps            = "bitmaps"
 	FairleadMapBudgets            = "budgets"
+	FairleadMapClocks             = "clocks"
 	FairleadMapConnections4       = "connections4"
 	FairleadMapConnections6       = "connections6"
 	FairleadMapControl            = "control"
@@ -726,6 +734,7 @@ type FairleadMapSpecs struct {
 	Backends       *ebpf.MapSpec `ebpf:"backends"`
 	Bitmaps        *ebpf.MapSpec `ebpf:"bitmaps"`
 	Budgets        *ebpf.MapSpec `ebpf:"budgets"`
+	Clocks         *ebpf.MapSpec `ebpf:"clocks"`
 	Connections4   *ebpf.MapSpec `ebpf:"connections4"`
 	Connections6   *ebpf.MapSpec `ebpf:"connections6"`
 	Control        *ebpf.MapSpec `ebpf:"control"`
@@ -806,6 +815,7 @@ type FairleadMaps struct {
 	Backends       *ebpf.Map `ebpf:"backends"`
 	Bitmaps        *ebpf.Map `ebpf:"bitmaps"`
 	Budgets        *ebpf.Map `ebpf:"budgets"`
+	Clocks         *ebpf.Map `ebpf:"clocks"`
 	Connections4   *ebpf.Map `ebpf:"connections4"`
 	Connections6   *ebpf.Map `ebpf:"connections6"`
 	Control        *ebpf.Map `ebpf:"control"`
@@ -845,6 +855,7 @@ func (m *FairleadMaps) Close() error {
 		m.Backends,
 		m.Bitmaps,
 		m.Budgets,
+		m.Clocks,
 		m.Connections4,
 		m.Connections6,
 		m.Control,

@@ -126,7 +126,7 @@ __noinline int path_mtu(struct backend *backend)
 	__builtin_memcpy(room->path.address, backend->address, sizeof(room->path.address));
 	room->path.family = backend->family;
 	path = bpf_map_lookup_elem(&paths, &room->path);
-	if (!path || !path->mtu || clock_now() - path->tick > path_mtu_life)
+	if (!path || !path->mtu || since(clock_now(), path->tick) > path_mtu_life)
 		return 0;
 	return path->mtu;
 }

@@ -159,7 +159,7 @@ __noinline int fragment_follow(struct xdp_md *ctx)
 	if (!room || !fragment_key_of(ctx, room))
 		return -PASS_FRAGMENT;
 	noted = bpf_map_lookup_elem(&fragments, &room->fragment_key);
-	if (!noted || clock_now() - noted->tick > fragment_life)
+	if (!noted || since(clock_now(), noted->tick) > fragment_life)
 		return destination_flags(&room->flow) & ADDRESS_OWN ? -DROP_LATER_FRAGMENT : -PASS_FRAGMENT;
 	fragment = &room->fragment;
 	*fragment = *noted;

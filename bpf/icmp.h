@@ -364,7 +364,7 @@ __noinline int icmp_to_client(struct xdp_md *ctx)
 		if (!back)
 			return -PASS_ICMP;
 		half = BY_FAMILY(flow->family, &choice->client, half_open4, half_open6, bpf_map_lookup_elem);
-		if (!half || half->generation != back->generation || clock_now() - half->first >= half_open_life)
+		if (!half || half->generation != back->generation || since(clock_now(), half->first) >= half_open_life)
 			return -PASS_ICMP;
 		choice->hop = half->hop;
 		choice->backend = half->backend;
@@ -427,7 +427,7 @@ __noinline int tunnel_error(void)
 	if (mtu < (family == FAMILY_IPV4 ? PATH_MTU_MIN : IPV6_LEAST))
 		mtu = family == FAMILY_IPV4 ? PATH_MTU_MIN : IPV6_LEAST;
 	// That a way takes more again, only time tells, no router (RFC 1191, section 6.3; RFC 8201, section 4).
-	if (path->mtu && mtu >= path->mtu && clock_now() - path->tick <= path_mtu_life)
+	if (path->mtu && mtu >= path->mtu && since(clock_now(), path->tick) <= path_mtu_life)
 		return true;
 	count_event(EVENT_PATH_MTU);
 	path->mtu = mtu;

@@ -16,11 +16,13 @@ static __always_inline __u32 address_flags(__u8 family, const void *address)
 		__be32 key = *(const __be32 *)address;
 
 		flags = bpf_map_lookup_elem(&addresses4, &key);
+		APART(flags, FAMILY_IPV4);
 	} else {
 		struct address6 key;
 
 		__builtin_memcpy(&key, address, sizeof(key));
 		flags = bpf_map_lookup_elem(&addresses6, &key);
+		APART(flags, FAMILY_IPV6);
 	}
 	return flags ? *flags : 0;
 }

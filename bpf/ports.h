@@ -63,7 +63,7 @@ __noinline int port_use(struct backend *backend, __u32 source, __u32 number, __u
 		return PORT_BUSY;
 	}
 	back = half_reply_find(backend->family, &room->port.reply, NULL);
-	if (back && now - back->first < half_open_life)
+	if (back && since(now, back->first) < half_open_life)
 		return PORT_HALF_OPEN;
 	// It may have been confirmed between the two looks.
 	return reply_find(backend->family, &room->port.reply, NULL) ? PORT_BUSY : PORT_FREE;
@@ -85,7 +85,7 @@ __noinline int port_head_age(struct backend *backend, __u32 pool_id, __u32 now)
 	    !fullnat_tuple(backend, pool->source, bpf_htons(number), &room->port.reply))
 		return PORT_NO_AGE;
 	back = half_reply_find(backend->family, &room->port.reply, NULL);
-	return back ? (now - back->first) & PORT_NO_AGE : PORT_NO_AGE;
+	return back ? since(now, back->first) : PORT_NO_AGE;
 }
 
 // ports_look_after takes confirmed ports out of the queue of those handed out and brings forgotten ones home, as far as

@@ -20,9 +20,11 @@ static __always_inline struct source *source_find(const struct flow *flow)
 	if (flow->family == FAMILY_IPV4) {
 		port = bpf_ntohs(flow->tuple.v4.dport);
 		id = bpf_map_lookup_elem(&sources4, &flow->tuple.v4.daddr);
+		APART(id, FAMILY_IPV4);
 	} else {
 		port = bpf_ntohs(flow->tuple.v6.dport);
 		id = bpf_map_lookup_elem(&sources6, flow->tuple.v6.daddr);
+		APART(id, FAMILY_IPV6);
 	}
 	if (!id)
 		return NULL;
@@ -33,20 +35,27 @@ static __always_inline struct source *source_find(const struct flow *flow)
 // nat_backend_find tells whether a packet comes from a backend by nat, port and all.
 static __always_inline bool nat_backend_find(const struct flow *flow)
 {
+	void *found;
+
 	if (flow->family == FAMILY_IPV4) {
 		struct service_key4 key = {
 			.address = flow->tuple.v4.saddr,
 			.port = flow->tuple.v4.sport,
 			.protocol = flow->protocol,
 		};
-		return bpf_map_lookup_elem(&nat_backends4, &key);
+
+		found = bpf_map_lookup_elem(&nat_backends4, &key);
+		APART(found, FAMILY_IPV4);
+		return found;
 	}
 	struct service_key6 key = {
 		.port = flow->tuple.v6.sport,
 		.protocol = flow->protocol,
 	};
 	__builtin_memcpy(key.address, flow->tuple.v6.saddr, sizeof(key.address));
-	return bpf_map_lookup_elem(&nat_backends6, &key);
+	found = bpf_map_lookup_elem(&nat_backends6, &key);
+	APART(found, FAMILY_IPV6);
+	return found;
 }
 
 // udp_replied confirms a half-open connection of UDP that its backend has answered. The flow in hand is the client's
@@ -109,7 +118,7 @@ __noinline int reply_choose(void)
 	back = half_reply_find(flow->family, &flow->tuple, &choice->client);
 	if (back) {
 		half = BY_FAMILY(flow->family, &choice->client, half_open4, half_open6, bpf_map_lookup_elem);
-		if (half && half->generation == back->generation && now - half->first < half_open_life) {
+		if (half && half->generation == back->generation && since(now, half->first) < half_open_life) {
 			if ((flow->flags & (TCP_SYN | TCP_ACK | TCP_RST)) == (TCP_SYN | TCP_ACK)) {
 				// It answers this client's SYN, not that of one whose port this was.
 				if (flow->acknowledgement - half->client_sequence[0] > 0xffff &&

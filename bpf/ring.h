@@ -8,20 +8,27 @@
 
 static __always_inline struct service *service_find(const struct flow *flow)
 {
+	struct service *service;
+
 	if (flow->family == FAMILY_IPV4) {
 		struct service_key4 key = {
 			.address = flow->tuple.v4.daddr,
 			.port = flow->tuple.v4.dport,
 			.protocol = flow->protocol,
 		};
-		return bpf_map_lookup_elem(&services4, &key);
+
+		service = bpf_map_lookup_elem(&services4, &key);
+		APART(service, FAMILY_IPV4);
+		return service;
 	}
 	struct service_key6 key = {
 		.port = flow->tuple.v6.dport,
 		.protocol = flow->protocol,
 	};
 	__builtin_memcpy(key.address, flow->tuple.v6.daddr, sizeof(key.address));
-	return bpf_map_lookup_elem(&services6, &key);
+	service = bpf_map_lookup_elem(&services6, &key);
+	APART(service, FAMILY_IPV6);
+	return service;
 }
 
 // slot_hash is what chooses the slot: in affinity by client, all of a client's connections share one.

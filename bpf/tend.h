@@ -33,7 +33,7 @@ static __always_inline __u32 tend_half_open(struct tend_record *record, struct f
 
 	if (!half || half->generation != record->generation)
 		return TEND_ABSENT;
-	if (clock_now() - half->first < half_open_life)
+	if (since(clock_now(), half->first) < half_open_life)
 		return TEND_CHANGED;
 	half_open_remove(client->family, &client->tuple);
 	return TEND_DONE;

@@ -54,7 +54,7 @@ static __always_inline void state_change(struct connection *conn, __u32 clear, _
 static __always_inline bool both_moved(const struct connection *conn, const struct flow *flow, __u32 now)
 {
 	if (use_udp && flow->protocol == IPPROTO_UDP)
-		return !(conn->state & STATE_STATELESS) || now - conn->opened >= 2 * UDP_PROOF;
+		return !(conn->state & STATE_STATELESS) || since(now, conn->opened) >= 2 * UDP_PROOF;
 	return flow->sequence_end != conn->base_sequence && flow->acknowledgement != conn->base_acknowledgement;
 }
 

@@ -415,6 +415,13 @@ struct budget {
 	__u32 left;
 };
 
+// The tick of a jiffy.
+struct clock {
+	__u64 jiffies;
+	__u32 tick;
+	__u32 pad;
+};
+
 enum budget_kind {
 	BUDGET_ADOPTIONS = 0,
 	BUDGET_ANSWERS = 1,

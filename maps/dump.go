@@ -49,6 +49,7 @@ func (s *Set) Dump(inv *Inventory, name string, service *Service, visit func(Rec
 		bpf.FairleadMapBackends:       d.backends,
 		bpf.FairleadMapBitmaps:        d.bitmaps,
 		bpf.FairleadMapBudgets:        d.budgets,
+		bpf.FairleadMapClocks:         d.clocks,
 		bpf.FairleadMapConnections4:   func() error { return dumpTable(d, s.raw.Connections4, fromTuple4, d.connection) },
 		bpf.FairleadMapConnections6:   func() error { return dumpTable(d, s.raw.Connections6, fromTuple6, d.connection) },
 		bpf.FairleadMapControl:        d.control,
@@ -427,6 +428,22 @@ func (d *dumper) budgets() error {
 			if err := d.visit(Record{{"budget", name}, {"cpu", cpu}, {"tick", v.Tick}, {"left", v.Left}}); err != nil {
 				return err
 			}
+		}
+	}
+	return nil
+}
+
+func (d *dumper) clocks() error {
+	var perCPU []struct {
+		Jiffies   uint64
+		Tick, Pad uint32
+	}
+	if err := d.raw.Clocks.Lookup(uint32(0), &perCPU); err != nil {
+		return fmt.Errorf("read the clocks: %w", err)
+	}
+	for cpu, v := range perCPU {
+		if err := d.visit(Record{{"cpu", cpu}, {"jiffies", v.Jiffies}, {"tick", v.Tick}}); err != nil {
+			return err
 		}
 	}
 	return nil

@@ -411,6 +411,12 @@ func (b *backend) fits(p *packet, learned uint32) bool {
 	return within(outer, b.hop.MTU) && (within(outer, learned) || p.family == 6 && p.length() <= leastIPv6)
 }
 
+// lost tells an IPv6 packet that every way lets pass, and that is too big in its outer IPv6 packet: who does not fragment
+// that, as the tunnel's entry should (RFC 2473, section 7.1), may drop it by name.
+func (b *backend) lost(p *packet, learned uint32) bool {
+	return b.address.Is6() && p.family == 6 && p.length() <= leastIPv6 && !within(p.length()+b.overhead(), learned)
+}
+
 // told is the MTU that the sender of a packet is told, which does not fit; 0: nothing limits it. Nobody goes below IPv6's
 // least (RFC 8201, section 4).
 func (b *backend) told(p *packet, learned uint32) uint32 {
@@ -442,6 +448,9 @@ func (m *model) obstacles(e *expectation, p *packet, b *backend) (s set, free bo
 			s |= of(dropTTL)
 		default:
 			free = true
+		}
+		if b.lost(p, learned) {
+			s |= of(dropTooBig)
 		}
 	}
 	return s, free
@@ -501,13 +510,17 @@ func (m *model) expectReply(e *expectation, p *packet, ingress uint32) {
 		return
 	}
 	e.service = c.service
-	if c.confirmed {
+	switch {
+	case c.confirmed:
 		e.why = fmt.Sprintf("the way back to %v, confirmed", c.tuple.Source)
 		e.verdicts |= of(replyTable)
-	} else {
+	default:
 		e.why = fmt.Sprintf("the way back to %v, half-open", c.tuple.Source)
 		e.verdicts |= of(replyHalfOpen)
-		if p.protocol == protoTCP && !m.answersSYN(c, p) {
+		if p.protocol != protoTCP {
+			break
+		}
+		if surely, _ := m.answersSYN(c, p); !surely {
 			e.verdicts |= unknown | of(dropUnknownRST)
 		}
 	}
@@ -517,14 +530,16 @@ func (m *model) expectReply(e *expectation, p *packet, ingress uint32) {
 	m.obstructReply(e, p, ingress, c.hops)
 }
 
-// answersSYN tells the backend's SYN-ACK to the client's own SYN.
-func (m *model) answersSYN(c *conversation, p *packet) bool {
+// answersSYN tells the backend's SYN-ACK to the client's own SYN: surely, or perhaps, as it acknowledges more than that.
+func (m *model) answersSYN(c *conversation, p *packet) (surely, perhaps bool) {
 	t := p.transport()
-	fits := false
-	for end := range c.synEnds {
-		fits = fits || be32(t[8:])-end <= openingWindow
+	if t[13]&(syn|ack|rst) != syn|ack {
+		return false, false
 	}
-	return t[13]&(syn|ack|rst) == syn|ack && fits
+	for end := range c.synEnds {
+		perhaps = perhaps || be32(t[8:])-end <= openingWindow
+	}
+	return c.synEnds[be32(t[8:])], perhaps
 }
 
 // obstructReply is what stands in a reply's way.

@@ -200,14 +200,20 @@ func (t *trace) shrink(d devices, rule string, v verdict, out []byte, deadline t
 	return &trace{t.setup, steps}
 }
 
-// ends are a frame's addresses, with their ports or without.
+// ends are a frame's addresses, with their ports or without; of an error, those of the packet that it is about.
 func ends(frame []byte, ports bool) (all []netip.AddrPort) {
 	p := parse(frame)
-	for _, at := range []netip.AddrPort{p.from4(), p.to4()} {
+	list := []netip.AddrPort{p.from4(), p.to4()}
+	if p.malformed == "" && (p.protocol == protoICMP || p.protocol == protoICMPv6) && !p.later() {
+		if q := quotedBy(p); q != nil {
+			list = []netip.AddrPort{q.source, q.destination}
+		}
+	}
+	for _, at := range list {
 		if !at.Addr().IsValid() {
 			continue
 		}
-		if !ports || !p.ported {
+		if !ports {
 			at = netip.AddrPortFrom(at.Addr(), 0)
 		}
 		all = append(all, at)

@@ -314,6 +314,9 @@ func (m *model) errorObstacles(p *packet, b *backend) (s set, free bool) {
 		default:
 			free = true
 		}
+		if b.lost(p, learned) {
+			s |= of(dropTooBig)
+		}
 	}
 	return s, free
 }

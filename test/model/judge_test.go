@@ -356,7 +356,7 @@ func (j *judged) checkReply() {
 	}
 	c := e.conversation
 	if c == nil || c.mayBeGone && e.note == nil {
-		if other := j.haunted(); other != nil {
+		if other := j.haunted(); other != nil && (c == nil || other.tuple != c.tuple) {
 			c = other
 		}
 	}
@@ -412,7 +412,7 @@ func (j *judged) haunted() *conversation {
 	}
 	t := maps.Tuple{Source: out.to4(), Destination: out.from4(), Protocol: out.protocol}
 	s := j.world.keys[key{t.Destination, t.Protocol}]
-	if s == nil || j.ghosts[t] == nil || j.conversations[t] != nil {
+	if s == nil || j.ghosts[t] == nil {
 		return nil
 	}
 	for _, b := range s.members {
@@ -927,7 +927,7 @@ func (j *judged) learnNumbers(c *conversation) {
 	if t[13]&(syn|fin) != 0 {
 		end++
 	}
-	if j.answersSYN(c, p) {
+	if _, perhaps := j.answersSYN(c, p); perhaps {
 		c.openers[be32(t[4:])+1] = end
 	}
 	for from, last := range c.openers {

@@ -2,6 +2,7 @@ package model
 
 import (
 	"fmt"
+	"log/slog"
 	"net/netip"
 	"runtime"
 	"time"
@@ -243,7 +244,7 @@ func newPlane(l limits) (_ *plane, err error) {
 	}
 	p.buffers = newBuffers(p.objects.Fairlead, p.cpus)
 	if p.manager, err = maps.NewManager(&p.objects.FairleadMaps, maps.ManagerOptions{
-		Tend: p.objects.Tend, Fill: p.objects.Fill, Epoch: p.epoch,
+		Tend: p.objects.Tend, Fill: p.objects.Fill, Epoch: p.epoch, Logger: slog.New(slog.DiscardHandler),
 	}); err != nil {
 		p.objects.Close()
 		return nil, err
