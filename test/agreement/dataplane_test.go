@@ -137,7 +137,7 @@ func hopMAC(number int) [6]byte {
 	return mac
 }
 
-// address is random, but neither v4-mapped nor one that was drawn before.
+// address is random, but one that a host may have, not v4-mapped, and not drawn before.
 func (p *dataplane) address() netip.Addr {
 	for {
 		var bytes [16]byte
@@ -147,7 +147,9 @@ func (p *dataplane) address() netip.Addr {
 		if !p.ipv6 {
 			address = netip.AddrFrom4([4]byte(bytes[:4]))
 		}
-		if !p.farm.drawn[address] && !address.Is4In6() {
+		impossible := address.IsUnspecified() || address.IsLoopback() || address.IsMulticast() || address.Is4In6() ||
+			!p.ipv6 && (bytes[0] == 0 || bytes[0] >= 224)
+		if !p.farm.drawn[address] && !impossible {
 			return address
 		}
 	}

@@ -22,7 +22,7 @@ const generated = "../../bpf/fairlead_bpfel.go"
 // layouts are all structs that Go and the data plane share, as Go has them.
 var layouts = []any{
 	bpf.FairleadAddress6{}, bpf.FairleadBackend{}, bpf.FairleadBackendLabel{}, bpf.FairleadBitmapSet{},
-	bpf.FairleadBudget{}, bpf.FairleadConnection{}, bpf.FairleadControlBlock{}, bpf.FairleadCounterSet{},
+	bpf.FairleadBudget{}, bpf.FairleadClock{}, bpf.FairleadConnection{}, bpf.FairleadControlBlock{}, bpf.FairleadCounterSet{},
 	bpf.FairleadDevice{}, bpf.FairleadFillRequest{}, bpf.FairleadFragment{}, bpf.FairleadFragmentKey{},
 	bpf.FairleadHalfOpen{}, bpf.FairleadHop{}, bpf.FairleadPath{}, bpf.FairleadPathKey{}, bpf.FairleadPool{},
 	bpf.FairleadPortSet{}, bpf.FairleadReply4{}, bpf.FairleadReply6{}, bpf.FairleadScratch{}, bpf.FairleadService{},
