@@ -140,7 +140,7 @@ static __always_inline int reply_way(struct packet *pkt, struct scratch *room)
 	if (verdict == PASS_REPLY_UNKNOWN) {
 		// At an address of XDP's own nobody else would answer the backend.
 		if (destination_flags(pkt->flow) & ADDRESS_OWN)
-			return answer(pkt, RESET_REPLY_UNKNOWN);
+			return answer(pkt, source_possible() ? RESET_REPLY_UNKNOWN : DROP_BAD_SOURCE);
 		count_verdict(verdict);
 		return XDP_PASS;
 	}

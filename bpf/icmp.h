@@ -266,8 +266,9 @@ static __always_inline bool locate(const struct flow *flow, const struct service
 		choice->source_port = conn->source_port;
 		return true;
 	}
+	// Of one that lost its port to another, nothing is known any more.
 	half = half_open_find(flow->family, &flow->tuple, flow->hash, clock_now());
-	if (half) {
+	if (half && (half->state & HALF_STATELESS || half_paired(half))) {
 		choice->backend = half->backend;
 		choice->source = half->source;
 		choice->source_port = half->source_port;

@@ -159,7 +159,8 @@ static __always_inline enum parsed parse_ipv6(struct packet *pkt, void *l3)
 		struct extension *ext = at;
 		__u32 length;
 
-		if (!known_extension(next))
+		// Hop-by-hop options stand first or nowhere (RFC 8200, section 4.1).
+		if (!known_extension(next) || (i && next == IPPROTO_HOPOPTS))
 			return PARSED_NOT_OURS;
 		if ((void *)(ext + 1) > packet_end(pkt))
 			return PARSED_NOT_OURS;

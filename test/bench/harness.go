@@ -150,9 +150,9 @@ func (h *harness) run(first harnessTurn, frame, frames, repeats int, out []byte)
 		return 0, nil, err
 	}
 	interrupted := false
-	options := ebpf.RunOptions{
-		Data: h.frame.bytes, DataOut: out, Repeat: uint32(repeats), Reset: func() { interrupted = true },
-	}
+	options := ebpf.RunOptions{Data: h.frame.bytes, DataOut: out, Repeat: uint32(repeats)}
+	//lint:ignore SA1019 nothing else tells that the run was interrupted and begun again
+	options.Reset = func() { interrupted = true }
 	if err := undisturbed(func() (err error) {
 		action, err = h.Give.Run(&options)
 		return err
