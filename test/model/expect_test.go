@@ -334,6 +334,9 @@ func (m *model) fresh(e *expectation, t maps.Tuple, opens, leaving bool) (s set)
 		return s
 	}
 	s |= of(forwardNew)
+	if t.Protocol == protoUDP && !first[0].stateful() {
+		s |= of(forwardRing) // by another's fresh bit: to the same backend
+	}
 	e.choices = append(e.choices, first...)
 	switch b := first[0]; b.method {
 	case maps.MethodFullNAT:

@@ -490,10 +490,8 @@ func (g *generator) fragments() {
 func (g *generator) icmpError() arrival {
 	var about []byte // from the network header on
 	var family uint8
-	d := g.device()
-	s := &spec{tags: g.tags()}
 	hop, tags := g.newHop()
-	s.to, s.from, s.tags = hop.from, hop.to, tags
+	s := &spec{to: hop.from, from: hop.to, tags: tags}
 	ingress := hop.ingress
 	source := func(list4, list6 []netip.Addr) {
 		list := list4
@@ -534,7 +532,6 @@ func (g *generator) icmpError() arrival {
 		family, about = p.family, slices.Clone(p.frame[p.l3:p.end])
 		source([]netip.Addr{p.destination}, []netip.Addr{p.destination})
 		s.destination = netip.AddrPortFrom(p.source, 0)
-		ingress = d.index
 	}
 	if family == 4 && len(about) >= 20 && g.chance(50) { // as a router further on has it
 		about[8] -= byte(g.random.IntN(3))

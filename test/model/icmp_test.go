@@ -31,14 +31,6 @@ func isError(family, kind uint8) bool {
 	return kind >= 1 && kind <= 4
 }
 
-// anyError tells all types that are errors, those not known among them (RFC 1122, section 3.2.2; RFC 4443, section 2.1).
-func anyError(family, kind uint8) bool {
-	if family == 4 {
-		return kind == 3 || kind == 4 || kind == 5 || kind == 11 || kind == 12
-	}
-	return kind < 128
-}
-
 // quotedBy reads what an ICMP error quotes; nil: too little, or a later fragment.
 func quotedBy(p *packet) *quoted {
 	q := &quoted{l3: p.l4 + 8, end: p.end, family: p.family}

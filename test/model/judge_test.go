@@ -494,6 +494,7 @@ func (j *judged) tooBigAnswered() error {
 		kind, code = 2, 0
 	}
 	var limits []uint32
+	var raised []*backend // whose path's MTU an error may have raised
 	switch {
 	case e.reply && e.conversation != nil:
 		for _, h := range e.conversation.hops {
@@ -510,9 +511,14 @@ func (j *judged) tooBigAnswered() error {
 		}
 		for _, b := range backends {
 			for _, learned := range j.learned(b) {
-				if !b.fits(p, learned) {
-					limits = append(limits, b.told(p, learned))
+				if b.fits(p, learned) {
+					continue
 				}
+				if known := j.paths[b.address]; known != nil && learned == known.raised && !known.known[learned] {
+					raised = append(raised, b)
+					continue
+				}
+				limits = append(limits, b.told(p, learned))
 			}
 		}
 	}
@@ -520,7 +526,6 @@ func (j *judged) tooBigAnswered() error {
 	for _, mtu := range limits {
 		err := errorAbout(p, j.r.out, kind, code, mtu)
 		if err == nil {
-			j.checkToldPath(mtu)
 			if int(mtu) >= p.length() {
 				j.met["packet too big tells an MTU that it does not exceed"]++
 			}
@@ -528,27 +533,16 @@ func (j *judged) tooBigAnswered() error {
 		}
 		nearest = err
 	}
-	return nearest
-}
-
-// checkToldPath: a sender is not told an MTU that an error has raised.
-func (j *judged) checkToldPath(mtu uint32) {
-	for _, b := range j.e.choices {
+	for _, b := range raised {
 		known := j.paths[b.address]
-		if b.overhead() == 0 || known == nil || known.raised == 0 {
-			continue
-		}
-		for learned := range known.known {
-			if b.told(j.p, learned) == mtu {
-				return
-			}
-		}
-		if b.told(j.p, known.raised) == mtu {
+		if errorAbout(p, j.r.out, kind, code, b.told(p, known.raised)) == nil {
 			j.broken("path", "the sender is told %d; of %v is known that it takes %v: an error that told %d has raised it",
-				mtu, b.address, known.known, known.raised)
+				b.told(p, known.raised), b.address, known.known, known.raised)
 			j.believeRaised(b)
+			return nil
 		}
 	}
+	return nearest
 }
 
 // checkTraffic holds the counters of services and backends against the verdict.
@@ -651,10 +645,10 @@ func (j *judged) possible(e event) bool {
 	case bpf.FairleadEventEVENT_COLLISION:
 		return v == forwardNew || v == resetNoPort || v == resetNoBackend || v == resetTableFull || late
 	case bpf.FairleadEventEVENT_PATH_MTU:
-		_, told := uint32(0), false
-		if v == passTunnelError {
-			_, told = toldMTU(p)
+		if v != passTunnelError {
+			return false
 		}
+		_, told := toldMTU(p)
 		return told
 	}
 	return false
@@ -785,6 +779,7 @@ func (j *judged) learn() {
 		}
 		if c != nil {
 			j.mark(c)
+			j.learnSYN(c)
 			c.hops = saw(c.hops, hopOf(p, j.ingress))
 		}
 	case e.reply && e.conversation != nil:

@@ -23,15 +23,18 @@ var (
 	packetsFlag = flag.Int("model.packets", 60_000, "how many packets TestModel judges")
 	seedFlag    = flag.Uint64("model.seed", 0, "seed of TestModel; 0: of the clock")
 	replayFlag  = flag.String("model.replay", "", "a trace to play again in place of random packets")
-	shrinkFlag  = flag.Duration("model.shrink", 20*time.Second, "how long to look for a shorter way to each failure")
+	shrinkFlag  = flag.Duration("model.shrink", 20*time.Second, "how long to look for a shorter way to each of the first failures")
 )
 
 // packetsAGame is how many packets a data plane gets before another takes its place: it takes a few seconds, so that
 // nothing ends by its age.
-const packetsAGame = 20_000
+const packetsAGame = 15_000
 
-// mostFailures is how many different ones are told.
-const mostFailures = 60
+// mostFailures is how many different ones are told whole, mostShrunk how many are shortened.
+const (
+	mostFailures = 25
+	mostShrunk   = 5
+)
 
 // TestModel judges random packets, and mutated ones.
 func TestModel(t *testing.T) {
@@ -182,7 +185,10 @@ func (f *failures) tell() {
 		f.Errorf("%d of %s", n, kind)
 	}
 	for i, one := range f.found {
-		short := one.trace.shrink(f.devices, one.rule, one.verdict, one.out, time.Now().Add(*shrinkFlag))
+		short := &one.trace
+		if i < mostShrunk {
+			short = short.shrink(f.devices, one.rule, one.verdict, one.out, time.Now().Add(*shrinkFlag))
+		}
 		name := filepath.Join(os.TempDir(), fmt.Sprintf("fairlead-model-%d-%d.trace", short.setup.seed, i))
 		var file bytes.Buffer
 		if err := short.write(&file); err != nil {

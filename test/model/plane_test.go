@@ -139,7 +139,6 @@ type buffers struct {
 	lookup   lookup
 	batch    batch
 	key      uint32
-	first    uint32
 	next     uint32
 	keys     [maxBackends]uint32
 	sets     []bpf.FairleadCounterSet
@@ -177,7 +176,11 @@ type batch struct {
 
 // xdpMD is the kernel's struct xdp_md.
 type xdpMD struct {
-	data, dataEnd, dataMeta, ingress, queue, egress uint32
+	_       uint32 // where data begin
+	dataEnd uint32
+	_       uint32 // where metadata begin
+	ingress uint32
+	_, _    uint32 // queue, and egress device
 }
 
 const (
