@@ -132,7 +132,7 @@ func TestExitCodesAndMessages(t *testing.T) {
 		{"unload", exitNothing, "", "nothing is attached"},
 
 		{"version", exitDone, "fairlead development", ""},
-		{"version -o json", exitDone, `"schema": 1`, ""},
+		{"version -o json", exitDone, `"schema": 2`, ""},
 		{"completion bash", exitDone, "complete -F _fairlead fairlead", ""},
 		{"completion zsh", exitDone, "bashcompinit", ""},
 		{"completion fish", exitDone, "complete -c fairlead", ""},

@@ -331,6 +331,11 @@ func (m *model) fresh(e *expectation, t maps.Tuple, opens, leaving bool) (s set)
 			s |= of(forwardNew)
 			e.choices = append(e.choices, other...)
 		}
+		for _, b := range other {
+			if b.stateful() { // whose ways back may all be another's
+				s |= of(resetNoPort)
+			}
+		}
 		return s
 	}
 	s |= of(forwardNew)
@@ -529,6 +534,9 @@ func (m *model) expectReply(e *expectation, p *packet, ingress uint32) {
 	}
 	if c.mayBeGone {
 		e.verdicts |= unknown
+		if m.ghosts[c.tuple] != nil {
+			e.verdicts |= of(replyHalfOpen)
+		}
 	}
 	m.obstructReply(e, p, ingress, c.hops)
 }
