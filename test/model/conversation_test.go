@@ -20,12 +20,12 @@ type conversation struct {
 	closing   bool // FIN or RST were seen: it may end
 	mayBeGone bool // it is closing, and an epoch was turned
 	hops      []hop
-	synEnds   map[uint32]bool   // sequence numbers behind the client's SYNs
+	syns      []uint32          // sequence numbers behind the client's SYNs, without and with their data, in their order
 	openers   map[uint32]uint32 // acknowledgements that confirm it: from that of a SYN-ACK to the end of what the backend sent since
 }
 
 func newConversation(t maps.Tuple) *conversation {
-	return &conversation{tuple: t, synEnds: map[uint32]bool{}, openers: map[uint32]uint32{}}
+	return &conversation{tuple: t, openers: map[uint32]uint32{}}
 }
 
 // hop is where a client's packets came from.

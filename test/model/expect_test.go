@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"math/bits"
 	"net/netip"
+	"slices"
 	"strings"
 
 	"fairlead/bpf"
@@ -541,16 +542,20 @@ func (m *model) expectReply(e *expectation, p *packet, ingress uint32) {
 	m.obstructReply(e, p, ingress, c.hops)
 }
 
-// answersSYN tells the backend's SYN-ACK to the client's own SYN: surely, or perhaps, as it acknowledges more than that.
+// answersSYN tells the backend's SYN-ACK to the client's own SYN: surely where that is its first or its last; perhaps, where
+// there were more, or where it acknowledges more than that.
 func (m *model) answersSYN(c *conversation, p *packet) (surely, perhaps bool) {
 	t := p.transport()
 	if t[13]&(syn|ack|rst) != syn|ack {
 		return false, false
 	}
-	for end := range c.synEnds {
-		perhaps = perhaps || be32(t[8:])-end <= openingWindow
+	answered := be32(t[8:])
+	for _, end := range c.syns {
+		perhaps = perhaps || answered-end <= openingWindow
 	}
-	return c.synEnds[be32(t[8:])], perhaps
+	n := len(c.syns)
+	surely = n > 0 && (slices.Contains(c.syns[:2], answered) || slices.Contains(c.syns[n-2:], answered))
+	return surely, perhaps
 }
 
 // obstructReply is what stands in a reply's way.

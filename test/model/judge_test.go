@@ -407,19 +407,25 @@ func (j *judged) checkReply() {
 // haunted finds the conversation that a reply shows to be noted: one whose client's packet was let in and not sent on.
 func (j *judged) haunted() *conversation {
 	out := parse(j.r.out)
-	if !out.ported {
-		return nil
-	}
 	t := maps.Tuple{Source: out.to4(), Destination: out.from4(), Protocol: out.protocol}
+	at, source := j.p.from4(), j.p.to4()
+	if q := j.e.quoted; q != nil { // of an error, it is in what is quoted
+		told := quotedBy(out)
+		if told == nil {
+			return nil
+		}
+		t = maps.Tuple{Source: told.source, Destination: told.destination, Protocol: told.protocol}
+		at, source = q.destination, q.source
+	}
 	s := j.world.keys[key{t.Destination, t.Protocol}]
 	if s == nil || j.ghosts[t] == nil {
 		return nil
 	}
 	for _, b := range s.members {
-		if b.stateful() && b.at(t.Destination) == j.p.from4() {
+		if b.stateful() && b.at(t.Destination) == at {
 			j.met["a reply to a client whose first packet was dropped"]++
 			c := *j.ghosts[t]
-			c.service, c.backend, c.source = s, b, j.p.to4()
+			c.service, c.backend, c.source = s, b, source
 			return &c
 		}
 	}
@@ -950,6 +956,6 @@ func (j *judged) learnSYN(c *conversation) {
 		return
 	}
 	t := j.p.transport()
-	c.synEnds[be32(t[4:])+1] = true
-	c.synEnds[be32(t[4:])+1+uint32(len(t)-int(t[12]>>4)*4)] = true
+	end := be32(t[4:]) + 1
+	c.syns = append(c.syns, end, end+uint32(len(t)-int(t[12]>>4)*4))
 }
