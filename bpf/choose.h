@@ -31,6 +31,15 @@ static __always_inline bool stateless(__u8 method)
 	return method == METHOD_DSR || method == METHOD_IPIP || method == METHOD_GUE;
 }
 
+// serves says whether a backend may have the packets of a connection opened then. With all backends down newcomers are
+// tried on them, while what was opened before is lost.
+static __always_inline bool serves(const struct backend *backend, __u32 opened)
+{
+	if (backend->flags & BACKEND_UP)
+		return true;
+	return backend->flags & BACKEND_TRIED && (__s32)(opened - backend->down_at) >= 0;
+}
+
 #define SLOT_ABSENT 0xffffffffU // no such ring
 
 static __always_inline __u32 slot_at(const struct service *service, __u32 slot)
@@ -84,17 +93,21 @@ __noinline int connection_insert(struct half_open *from, struct service *service
 	value->opened = from->first;
 	value->base_sequence = from->client_sequence[1];
 	value->base_acknowledgement = flow->acknowledgement;
+	if (!is_udp(flow)) {
+		value->timestamp = flow->timestamp;
+		value->timestamp_echo = flow->timestamp_echo;
+	}
 
 	// Who is young is an exception as well: its next packets must be looked at, whoever shares its fresh bit.
 	if (state & STATE_YOUNG || (slot_look(flow, service) & SLOT_BACKEND) != value->backend)
 		exception_note(ctl, bits, flow->hash);
-	// Only an entry whose backend is down gives way.
+	// Only an entry whose backend is down gives way, or one that was condemned.
 	old = connection_find(flow->family, &flow->tuple, flow->hash);
 	if (old) {
 		if (old->generation == from->generation)
 			return true;
 		backend = backend_get(old->backend);
-		if (backend && backend->flags & BACKEND_UP)
+		if (backend && serves(backend, old->opened) && !(old->state & STATE_CONDEMNED))
 			return false;
 		connection_remove(old->generation, ROOM_PACKETS);
 	}
@@ -264,7 +277,8 @@ static __always_inline enum verdict half_opened(struct flow *flow, struct servic
 
 static __always_inline bool takes_new(const struct backend *backend)
 {
-	return (backend->flags & (BACKEND_UP | BACKEND_NEIGHBOR | BACKEND_LEAVING)) == (BACKEND_UP | BACKEND_NEIGHBOR);
+	return backend->flags & (BACKEND_UP | BACKEND_TRIED) &&
+	       (backend->flags & (BACKEND_NEIGHBOR | BACKEND_LEAVING)) == BACKEND_NEIGHBOR;
 }
 
 static __always_inline bool same_tuple(__u8 family, const union tuple *a, const union tuple *b)
@@ -414,7 +428,9 @@ __noinline int unknown(struct service *service, struct choice *choice)
 		return RESET_NO_BACKEND;
 	if (!stateless(backend->method))
 		return RESET_UNKNOWN;
-	if (flow->flags & (TCP_FIN | TCP_RST) || !(backend->flags & BACKEND_UP))
+	if (!(backend->flags & BACKEND_UP))
+		return service->on_backend_down == DOWN_RESET ? RESET_BACKEND_DOWN : FORWARD_UNKNOWN;
+	if (flow->flags & (TCP_FIN | TCP_RST))
 		return FORWARD_UNKNOWN;
 	if (!budget_spend(BUDGET_ADOPTIONS, adoptions_a_tick, now)) {
 		count_event(EVENT_ADOPTION_LIMITED);
@@ -431,6 +447,40 @@ __noinline int unknown(struct service *service, struct choice *choice)
 	return connection_insert(as, service, STATE_STATELESS | STATE_YOUNG, now) ? FORWARD_ADOPTED : FORWARD_UNKNOWN;
 }
 
+// client_told notes that a client is about to get a RST, if its packet is its own: a stranger's makes one that it does
+// not believe. A RST of its own ends the connection as well.
+static __always_inline void client_told(const struct flow *flow, struct connection *conn, __u32 now)
+{
+	struct control_block *ctl = control_get();
+	struct bitmap_set *bits = bitmaps_get();
+
+	if (!ctl || !bits || !fits(conn, flow->sequence))
+		return;
+	exception_note(ctl, bits, flow->hash);
+	conn->marked = now;
+	state_change(conn, 0, STATE_CONDEMNED | STATE_CLIENT_TOLD | (flow->flags & TCP_RST ? STATE_CLIENT_RESET : 0));
+}
+
+// condemned is a packet of a connection that was closed by command. Its backend is told first, by a RST made of it,
+// then the client: there is one packet to answer with at a time.
+static __always_inline enum verdict condemned(const struct flow *flow, struct connection *conn, bool alive, __u32 now,
+					      struct choice *choice)
+{
+	choice->backend = conn->backend;
+	choice->source = conn->source;
+	choice->source_port = conn->source_port;
+	if (alive && !fits(conn, flow->sequence))
+		return RESET_CONDEMNED;
+	if (alive && (flow->flags & TCP_RST || !(conn->state & STATE_BACKEND_TOLD))) {
+		conn->marked = now;
+		state_change(conn, 0,
+			     STATE_BACKEND_TOLD | (flow->flags & TCP_RST ? STATE_CLIENT_RESET | STATE_CLIENT_TOLD : 0));
+		return FORWARD_RESET;
+	}
+	client_told(flow, conn, now);
+	return alive ? RESET_CONDEMNED : RESET_BACKEND_DOWN;
+}
+
 // backend_lost is a packet of a connection whose backend is down: the service's policy decides.
 static __always_inline enum verdict backend_lost(struct flow *flow, struct service *service, struct connection *conn,
 						 __u32 now, struct choice *choice)
@@ -444,6 +494,7 @@ static __always_inline enum verdict backend_lost(struct flow *flow, struct servi
 		if (backend && stateless(backend->method) && backend->flags & BACKEND_UP)
 			conn->backend = word;
 	} else if (service->on_backend_down != DOWN_KEEP) {
+		client_told(flow, conn, now);
 		return RESET_BACKEND_DOWN;
 	}
 	return established(flow, service, conn, now, choice);
@@ -458,9 +509,9 @@ static __always_inline bool lost_for_good(const struct service *service, const s
 
 #define NOT_IN_TABLES VERDICT_COUNT
 
-// by_tables asks the connection table, then the half-open one. An entry whose backend is down gives way to a newer
-// half-open one, and to a SYN; else the service's policy for backends that are down is what is left. NOT_IN_TABLES: the
-// ring has to decide.
+// by_tables asks the connection table, then the half-open one. An entry that was condemned, or whose backend is down,
+// gives way to a newer half-open one, and to a SYN; else it is answered as condemned, or by the service's policy for
+// backends that are down. NOT_IN_TABLES: the ring has to decide.
 __noinline int by_tables(struct service *service, struct choice *choice)
 {
 	__u32 now = clock_now();
@@ -470,6 +521,7 @@ __noinline int by_tables(struct service *service, struct choice *choice)
 	struct connection *conn;
 	struct backend *backend;
 	struct half_open *half;
+	bool alive = false;
 	struct flow *flow;
 
 	if (!service || !choice || !room)
@@ -478,28 +530,50 @@ __noinline int by_tables(struct service *service, struct choice *choice)
 	conn = connection_find(flow->family, &flow->tuple, flow->hash);
 	if (conn) {
 		backend = backend_get(conn->backend);
-		if (backend && backend->flags & BACKEND_UP)
+		alive = backend && serves(backend, conn->opened);
+		if (alive && !(conn->state & STATE_CONDEMNED))
 			return established(flow, service, conn, now, choice);
 	}
 	half = half_open_find(flow->family, &flow->tuple, flow->hash, now);
 	if (half) {
 		backend = backend_get(half->backend);
-		if (backend && backend->flags & BACKEND_UP && (half->state & HALF_STATELESS || half_paired(half)))
+		if (backend && serves(backend, half->first) && (half->state & HALF_STATELESS || half_paired(half)))
 			return half_opened(flow, service, half, now, choice);
 	}
-	if (conn && is_udp(flow) && lost_for_good(service, conn)) {
+	if (!conn)
+		return NOT_IN_TABLES;
+	if (is_udp(flow) && (conn->state & STATE_CONDEMNED || lost_for_good(service, conn))) {
 		// Its client is told once. What it sends then is new: UDP has no other way to say so.
 		if (conn->state & STATE_IDLE)
 			return NOT_IN_TABLES;
 		if (ctl && bits)
 			exception_note(ctl, bits, flow->hash);
 		conn->marked = now;
-		state_change(conn, 0, STATE_IDLE);
-		return RESET_BACKEND_DOWN;
+		state_change(conn, 0, STATE_IDLE | STATE_CLIENT_TOLD);
+		return conn->state & STATE_CONDEMNED ? RESET_CONDEMNED : RESET_BACKEND_DOWN;
 	}
-	if (conn && !(flow->flags & TCP_SYN))
-		return backend_lost(flow, service, conn, now, choice);
-	return NOT_IN_TABLES;
+	if (flow->flags & TCP_SYN)
+		return NOT_IN_TABLES;
+	if (conn->state & STATE_CONDEMNED)
+		return condemned(flow, conn, alive, now, choice);
+	return backend_lost(flow, service, conn, now, choice);
+}
+
+#define TIMESTAMP_OPTION 0x0101080a // two of padding, kind 8, length 10
+
+// timestamps_note reads a timestamp option where all but SYNs have it: behind two bytes of padding, first of all
+// options (RFC 7323, appendix A).
+static __always_inline void timestamps_note(struct packet *pkt)
+{
+	struct flow *flow = pkt->flow;
+	__be32 *option = (void *)(pkt->tcp + 1);
+
+	flow->timestamp = flow->timestamp_echo = 0;
+	if (is_udp(flow) || (void *)(option + 3) > packet_end(pkt) || pkt->tcp->doff < 8 ||
+	    option[0] != bpf_htonl(TIMESTAMP_OPTION))
+		return;
+	flow->timestamp = bpf_ntohl(option[1]);
+	flow->timestamp_echo = bpf_ntohl(option[2]);
 }
 
 static __always_inline enum verdict choose(struct packet *pkt, struct service *service, struct choice *choice)
@@ -522,10 +596,11 @@ static __always_inline enum verdict choose(struct packet *pkt, struct service *s
 		    fresh_test(ctl, bits, flow->hash)) {
 			choice->backend = word & SLOT_BACKEND;
 			backend = backend_get(choice->backend);
-			if (backend && stateless(backend->method))
+			if (backend && stateless(backend->method) && backend->flags & BACKEND_UP)
 				return FORWARD_RING;
 		}
 	}
+	timestamps_note(pkt);
 	verdict = by_tables(service, choice);
 	if (verdict != NOT_IN_TABLES)
 		return verdict;

@@ -52,6 +52,17 @@ static __always_inline void count_reply(struct traffic *traffic, __u32 bytes)
 	traffic->reply_bytes += bytes;
 }
 
+// count_answer counts a backend's first answer to a SYN.
+static __always_inline void count_answer(struct traffic *traffic, bool accepted)
+{
+	if (!traffic)
+		return;
+	if (accepted)
+		traffic->answered++;
+	else
+		traffic->rejected++;
+}
+
 static __always_inline void count_refused(struct traffic *traffic)
 {
 	if (traffic)

@@ -3,6 +3,7 @@
 // SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
 // The data plane of Fairlead. This file reads from top to bottom as a packet's way; each step has a header of its own.
 #include "packet.h"
+#include "check.h"
 #include "choose.h"
 #include "counters.h"
 #include "dsr.h"
@@ -80,10 +81,17 @@ static __always_inline int forward(struct packet *pkt, struct scratch *room, str
 	if (!backend)
 		return refuse(pkt, service, DROP_NO_RING);
 	flags = backend->flags;
-	if (!(flags & BACKEND_UP) && service->on_backend_down == DOWN_RESET)
-		return refuse(pkt, service, RESET_BACKEND_DOWN);
 	if (!(flags & BACKEND_NEIGHBOR))
 		return refuse(pkt, service, DROP_NO_NEIGHBOR);
+	if (verdict == FORWARD_RESET) {
+		action = reset_onward(pkt->ctx, backend, choice->source, choice->source_port);
+		if (action < 0)
+			return refuse(pkt, service, -action);
+		count_verdict(verdict);
+		count_in(traffic_of_service(service->id), length, false);
+		count_in(traffic_of_backend(choice->backend), length, false);
+		return action;
+	}
 	if (!backend_takes(room, backend))
 		return refuse(pkt, service, too_big(pkt));
 	if (!ttl_decrement(pkt))
@@ -144,7 +152,7 @@ static __always_inline int reply_way(struct packet *pkt, struct scratch *room)
 		count_verdict(verdict);
 		return XDP_PASS;
 	}
-	if (verdict >= DROP_TRUNCATED)
+	if (verdict >= RESET_UNKNOWN)
 		return answer(pkt, verdict);
 	if (!device_takes(pkt->ctx, room, &choice->hop))
 		return answer(pkt, too_big(pkt));
@@ -200,6 +208,8 @@ int fairlead(struct xdp_md *ctx)
 		if (service)
 			return client_way(&pkt, room, service);
 	}
+	if (use_checks && near->flags[dport] & PORT_CHECK && check_answer(flow))
+		return check_take(ctx);
 	if ((use_fullnat && near->flags[dport] & PORT_SOURCE && source_find(flow)) ||
 	    (use_nat && near->flags[sport] & PORT_BACKEND && nat_backend_find(flow)))
 		return reply_way(&pkt, room);

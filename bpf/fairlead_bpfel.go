@@ -39,6 +39,7 @@ type FairleadBackend struct {
 	HopIndex     uint32
 	Protocol     uint8
 	Pad          [3]uint8
+	DownAt       uint32
 	TunnelSource [4]uint32
 	TunnelMask   uint32
 	Hop          [2]FairleadHop
@@ -52,15 +53,22 @@ const (
 	FairleadBackendFlagBACKEND_UP       FairleadBackendFlag = 1
 	FairleadBackendFlagBACKEND_NEIGHBOR FairleadBackendFlag = 2
 	FairleadBackendFlagBACKEND_LEAVING  FairleadBackendFlag = 4
+	FairleadBackendFlagBACKEND_TRIED    FairleadBackendFlag = 8
 )
 
 type FairleadBackendLabel struct {
-	_            structs.HostLayout
-	Name         [64]uint8
-	Used         uint32
-	Weight       uint32
-	NextHopState uint32
-	Reason       [64]uint8
+	_          structs.HostLayout
+	Name       [64]uint8
+	Used       uint32
+	Weight     uint32
+	Configured uint32
+	Percent    uint32
+	Health     uint32
+	Orders     uint32
+	Since      uint32
+	Failed     uint32
+	Failure    [128]uint8
+	Reason     [64]uint8
 }
 
 type FairleadBitmapSet struct {
@@ -73,6 +81,13 @@ type FairleadBudget struct {
 	_    structs.HostLayout
 	Tick uint32
 	Left uint32
+}
+
+type FairleadCheckFrame struct {
+	_       structs.HostLayout
+	Ifindex uint32
+	Length  uint32
+	Data    [2048]uint8
 }
 
 type FairleadClock struct {
@@ -101,6 +116,8 @@ type FairleadConnection struct {
 	BackendFin          uint32
 	BaseSequence        uint32
 	BaseAcknowledgement uint32
+	Timestamp           uint32
+	TimestampEcho       uint32
 }
 
 type FairleadConnectionState uint32
@@ -116,6 +133,8 @@ const (
 	FairleadConnectionStateSTATE_BACKEND_RESET     FairleadConnectionState = 128
 	FairleadConnectionStateSTATE_STATELESS         FairleadConnectionState = 256
 	FairleadConnectionStateSTATE_CONDEMNED         FairleadConnectionState = 512
+	FairleadConnectionStateSTATE_BACKEND_TOLD      FairleadConnectionState = 1024
+	FairleadConnectionStateSTATE_CLIENT_TOLD       FairleadConnectionState = 2048
 )
 
 type FairleadControlBlock struct {
@@ -134,7 +153,7 @@ type FairleadControlBlock struct {
 
 type FairleadCounterSet struct {
 	_        structs.HostLayout
-	Verdicts [40]uint64
+	Verdicts [43]uint64
 	Events   [14]uint64
 }
 
@@ -236,6 +255,16 @@ const (
 	FairleadHalfStateHALF_STATELESS FairleadHalfState = 4
 )
 
+type FairleadHealth uint32
+
+const (
+	FairleadHealthHEALTH_NONE    FairleadHealth = 0
+	FairleadHealthHEALTH_UNKNOWN FairleadHealth = 1
+	FairleadHealthHEALTH_UP      FairleadHealth = 2
+	FairleadHealthHEALTH_DOWN    FairleadHealth = 3
+	FairleadHealthHEALTH_HELD    FairleadHealth = 4
+)
+
 type FairleadHop struct {
 	_         structs.HostLayout
 	Mac       [6]uint8
@@ -258,6 +287,7 @@ const (
 	FairleadLimitsMAX_FRAGMENTS       FairleadLimits = 16384
 	FairleadLimitsMAX_RING_SIZE       FairleadLimits = 8388593
 	FairleadLimitsMAX_NAME            FairleadLimits = 64
+	FairleadLimitsMAX_FAILURE         FairleadLimits = 128
 	FairleadLimitsBITMAP_BITS         FairleadLimits = 1048576
 	FairleadLimitsBITMAP_WORDS        FairleadLimits = 16384
 	FairleadLimitsTICK_SHIFT          FairleadLimits = 24
@@ -266,6 +296,8 @@ const (
 	FairleadLimitsPORT_NUMBERS        FairleadLimits = 65536
 	FairleadLimitsGUE_PORT            FairleadLimits = 6080
 	FairleadLimitsQUOTE_MAX           FairleadLimits = 512
+	FairleadLimitsCHECK_FRAME_MAX     FairleadLimits = 2048
+	FairleadLimitsCHECK_RING_BYTES    FairleadLimits = 1048576
 )
 
 type FairleadMethod uint32
@@ -276,6 +308,18 @@ const (
 	FairleadMethodMETHOD_DSR     FairleadMethod = 3
 	FairleadMethodMETHOD_IPIP    FairleadMethod = 4
 	FairleadMethodMETHOD_GUE     FairleadMethod = 5
+)
+
+type FairleadOrder uint32
+
+const (
+	FairleadOrderORDER_DRAIN        FairleadOrder = 1
+	FairleadOrderORDER_WEIGHT       FairleadOrder = 2
+	FairleadOrderORDER_DISABLED     FairleadOrder = 4
+	FairleadOrderORDER_CHECK_DRAIN  FairleadOrder = 8
+	FairleadOrderORDER_CHECK_MAINT  FairleadOrder = 16
+	FairleadOrderORDER_CHECK_WEIGHT FairleadOrder = 32
+	FairleadOrderORDER_SLOW_START   FairleadOrder = 64
 )
 
 type FairleadPath struct {
@@ -305,6 +349,7 @@ const (
 	FairleadPortFlagPORT_SERVICE FairleadPortFlag = 1
 	FairleadPortFlagPORT_SOURCE  FairleadPortFlag = 2
 	FairleadPortFlagPORT_BACKEND FairleadPortFlag = 4
+	FairleadPortFlagPORT_CHECK   FairleadPortFlag = 8
 )
 
 type FairleadPortSet struct {
@@ -327,7 +372,7 @@ type FairleadReply6 struct {
 type FairleadSchema uint32
 
 const (
-	FairleadSchemaSCHEMA_VERSION FairleadSchema = 2
+	FairleadSchemaSCHEMA_VERSION FairleadSchema = 3
 )
 
 type FairleadScratch struct {
@@ -343,6 +388,8 @@ type FairleadScratch struct {
 		Sequence        uint32
 		SequenceEnd     uint32
 		Acknowledgement uint32
+		Timestamp       uint32
+		TimestampEcho   uint32
 		Family          uint8
 		Protocol        uint8
 		Flags           uint8
@@ -419,9 +466,19 @@ type FairleadScratch struct {
 	FragmentKey FairleadFragmentKey
 	Fragment    FairleadFragment
 	Path        FairleadPathKey
-	Mtu         uint32
-	Quote       [512]uint8
-	_           [4]byte
+	Reset       struct {
+		_     structs.HostLayout
+		Tuple struct {
+			_  structs.HostLayout
+			V4 FairleadTuple4
+			_  [24]byte
+		}
+		Sequence        uint32
+		Acknowledgement uint32
+		Flags           uint32
+	}
+	Mtu   uint32
+	Quote [512]uint8
 }
 
 type FairleadService struct {
@@ -466,7 +523,7 @@ type FairleadServiceLabel struct {
 	Protocol    uint8
 	RingSize    uint32
 	Flags       uint32
-	Pad         uint32
+	Standing    uint32
 	IdleTimeout uint64
 }
 
@@ -486,6 +543,13 @@ type FairleadSource struct {
 	Family    uint8
 	Pad       [3]uint8
 }
+
+type FairleadStanding uint32
+
+const (
+	FairleadStandingSTANDING_ALL_DOWN FairleadStanding = 1
+	FairleadStandingSTANDING_PANIC    FairleadStanding = 2
+)
 
 type FairleadTag uint32
 
@@ -517,6 +581,7 @@ const (
 	FairleadTendWhatTEND_MARK_IDLE        FairleadTendWhat = 1
 	FairleadTendWhatTEND_REMOVE           FairleadTendWhat = 2
 	FairleadTendWhatTEND_REMOVE_HALF_OPEN FairleadTendWhat = 3
+	FairleadTendWhatTEND_CONDEMN          FairleadTendWhat = 4
 	FairleadTendWhatTEND_DONE             FairleadTendWhat = 100
 	FairleadTendWhatTEND_CHANGED          FairleadTendWhat = 101
 	FairleadTendWhatTEND_ABSENT           FairleadTendWhat = 102
@@ -538,6 +603,8 @@ type FairleadTraffic struct {
 	Refused      uint64
 	ReplyPackets uint64
 	ReplyBytes   uint64
+	Answered     uint64
+	Rejected     uint64
 }
 
 type FairleadTuple4 struct {
@@ -568,42 +635,45 @@ const (
 	FairleadVerdictPASS_REPLY_UNKNOWN  FairleadVerdict = 2
 	FairleadVerdictPASS_ICMP           FairleadVerdict = 3
 	FairleadVerdictPASS_TUNNEL_ERROR   FairleadVerdict = 4
-	FairleadVerdictFORWARD_RING        FairleadVerdict = 5
-	FairleadVerdictFORWARD_TABLE       FairleadVerdict = 6
-	FairleadVerdictFORWARD_HALF_OPEN   FairleadVerdict = 7
-	FairleadVerdictFORWARD_NEW         FairleadVerdict = 8
-	FairleadVerdictFORWARD_ADOPTED     FairleadVerdict = 9
-	FairleadVerdictFORWARD_UNKNOWN     FairleadVerdict = 10
-	FairleadVerdictFORWARD_ICMP        FairleadVerdict = 11
-	FairleadVerdictFORWARD_FRAGMENT    FairleadVerdict = 12
-	FairleadVerdictREPLY_TABLE         FairleadVerdict = 13
-	FairleadVerdictREPLY_HALF_OPEN     FairleadVerdict = 14
-	FairleadVerdictREPLY_ICMP          FairleadVerdict = 15
-	FairleadVerdictREPLY_FRAGMENT      FairleadVerdict = 16
-	FairleadVerdictANSWER_ARP          FairleadVerdict = 17
-	FairleadVerdictANSWER_NDP          FairleadVerdict = 18
-	FairleadVerdictANSWER_ECHO         FairleadVerdict = 19
-	FairleadVerdictANSWER_TOO_BIG      FairleadVerdict = 20
-	FairleadVerdictRESET_UNKNOWN       FairleadVerdict = 21
-	FairleadVerdictRESET_NO_BACKEND    FairleadVerdict = 22
-	FairleadVerdictRESET_TABLE_FULL    FairleadVerdict = 23
-	FairleadVerdictRESET_NO_PORT       FairleadVerdict = 24
-	FairleadVerdictRESET_BACKEND_DOWN  FairleadVerdict = 25
-	FairleadVerdictRESET_LEAVING       FairleadVerdict = 26
-	FairleadVerdictRESET_REPLY_UNKNOWN FairleadVerdict = 27
-	FairleadVerdictDROP_TRUNCATED      FairleadVerdict = 28
-	FairleadVerdictDROP_BAD_HEADER     FairleadVerdict = 29
-	FairleadVerdictDROP_BAD_FLAGS      FairleadVerdict = 30
-	FairleadVerdictDROP_BAD_SOURCE     FairleadVerdict = 31
-	FairleadVerdictDROP_LATER_FRAGMENT FairleadVerdict = 32
-	FairleadVerdictDROP_UNKNOWN_RST    FairleadVerdict = 33
-	FairleadVerdictDROP_NO_NEIGHBOR    FairleadVerdict = 34
-	FairleadVerdictDROP_TTL            FairleadVerdict = 35
-	FairleadVerdictDROP_TOO_BIG        FairleadVerdict = 36
-	FairleadVerdictDROP_ANSWER_LIMITED FairleadVerdict = 37
-	FairleadVerdictDROP_NO_HEADROOM    FairleadVerdict = 38
-	FairleadVerdictDROP_NO_RING        FairleadVerdict = 39
-	FairleadVerdictVERDICT_COUNT       FairleadVerdict = 40
+	FairleadVerdictPASS_CHECK          FairleadVerdict = 5
+	FairleadVerdictFORWARD_RING        FairleadVerdict = 6
+	FairleadVerdictFORWARD_TABLE       FairleadVerdict = 7
+	FairleadVerdictFORWARD_HALF_OPEN   FairleadVerdict = 8
+	FairleadVerdictFORWARD_NEW         FairleadVerdict = 9
+	FairleadVerdictFORWARD_ADOPTED     FairleadVerdict = 10
+	FairleadVerdictFORWARD_UNKNOWN     FairleadVerdict = 11
+	FairleadVerdictFORWARD_ICMP        FairleadVerdict = 12
+	FairleadVerdictFORWARD_FRAGMENT    FairleadVerdict = 13
+	FairleadVerdictFORWARD_RESET       FairleadVerdict = 14
+	FairleadVerdictREPLY_TABLE         FairleadVerdict = 15
+	FairleadVerdictREPLY_HALF_OPEN     FairleadVerdict = 16
+	FairleadVerdictREPLY_ICMP          FairleadVerdict = 17
+	FairleadVerdictREPLY_FRAGMENT      FairleadVerdict = 18
+	FairleadVerdictANSWER_ARP          FairleadVerdict = 19
+	FairleadVerdictANSWER_NDP          FairleadVerdict = 20
+	FairleadVerdictANSWER_ECHO         FairleadVerdict = 21
+	FairleadVerdictANSWER_TOO_BIG      FairleadVerdict = 22
+	FairleadVerdictRESET_UNKNOWN       FairleadVerdict = 23
+	FairleadVerdictRESET_NO_BACKEND    FairleadVerdict = 24
+	FairleadVerdictRESET_TABLE_FULL    FairleadVerdict = 25
+	FairleadVerdictRESET_NO_PORT       FairleadVerdict = 26
+	FairleadVerdictRESET_BACKEND_DOWN  FairleadVerdict = 27
+	FairleadVerdictRESET_LEAVING       FairleadVerdict = 28
+	FairleadVerdictRESET_CONDEMNED     FairleadVerdict = 29
+	FairleadVerdictRESET_REPLY_UNKNOWN FairleadVerdict = 30
+	FairleadVerdictDROP_TRUNCATED      FairleadVerdict = 31
+	FairleadVerdictDROP_BAD_HEADER     FairleadVerdict = 32
+	FairleadVerdictDROP_BAD_FLAGS      FairleadVerdict = 33
+	FairleadVerdictDROP_BAD_SOURCE     FairleadVerdict = 34
+	FairleadVerdictDROP_LATER_FRAGMENT FairleadVerdict = 35
+	FairleadVerdictDROP_UNKNOWN_RST    FairleadVerdict = 36
+	FairleadVerdictDROP_NO_NEIGHBOR    FairleadVerdict = 37
+	FairleadVerdictDROP_TTL            FairleadVerdict = 38
+	FairleadVerdictDROP_TOO_BIG        FairleadVerdict = 39
+	FairleadVerdictDROP_ANSWER_LIMITED FairleadVerdict = 40
+	FairleadVerdictDROP_NO_HEADROOM    FairleadVerdict = 41
+	FairleadVerdictDROP_NO_RING        FairleadVerdict = 42
+	FairleadVerdictVERDICT_COUNT       FairleadVerdict = 43
 )
 
 type FairleadWayBack struct {
@@ -625,6 +695,7 @@ const (
 	FairleadMapBackends           = "backends"
 	FairleadMapBitmaps            = "bitmaps"
 	FairleadMapBudgets            = "budgets"
+	FairleadMapCheckFrames        = "check_frames"
 	FairleadMapClocks             = "clocks"
 	FairleadMapConnections4       = "connections4"
 	FairleadMapConnections6       = "connections6"
@@ -665,6 +736,7 @@ const (
 	FairleadVarPathMtuLife        = "path_mtu_life"
 	FairleadVarSharedTypes        = "shared_types"
 	FairleadVarUseAffinityClient  = "use_affinity_client"
+	FairleadVarUseChecks          = "use_checks"
 	FairleadVarUseDsr             = "use_dsr"
 	FairleadVarUseFullnat         = "use_fullnat"
 	FairleadVarUseIpv4            = "use_ipv4"
@@ -734,6 +806,7 @@ type FairleadMapSpecs struct {
 	Backends       *ebpf.MapSpec `ebpf:"backends"`
 	Bitmaps        *ebpf.MapSpec `ebpf:"bitmaps"`
 	Budgets        *ebpf.MapSpec `ebpf:"budgets"`
+	CheckFrames    *ebpf.MapSpec `ebpf:"check_frames"`
 	Clocks         *ebpf.MapSpec `ebpf:"clocks"`
 	Connections4   *ebpf.MapSpec `ebpf:"connections4"`
 	Connections6   *ebpf.MapSpec `ebpf:"connections6"`
@@ -777,6 +850,7 @@ type FairleadVariableSpecs struct {
 	PathMtuLife        *ebpf.VariableSpec `ebpf:"path_mtu_life"`
 	SharedTypes        *ebpf.VariableSpec `ebpf:"shared_types"`
 	UseAffinityClient  *ebpf.VariableSpec `ebpf:"use_affinity_client"`
+	UseChecks          *ebpf.VariableSpec `ebpf:"use_checks"`
 	UseDsr             *ebpf.VariableSpec `ebpf:"use_dsr"`
 	UseFullnat         *ebpf.VariableSpec `ebpf:"use_fullnat"`
 	UseIpv4            *ebpf.VariableSpec `ebpf:"use_ipv4"`
@@ -815,6 +889,7 @@ type FairleadMaps struct {
 	Backends       *ebpf.Map `ebpf:"backends"`
 	Bitmaps        *ebpf.Map `ebpf:"bitmaps"`
 	Budgets        *ebpf.Map `ebpf:"budgets"`
+	CheckFrames    *ebpf.Map `ebpf:"check_frames"`
 	Clocks         *ebpf.Map `ebpf:"clocks"`
 	Connections4   *ebpf.Map `ebpf:"connections4"`
 	Connections6   *ebpf.Map `ebpf:"connections6"`
@@ -855,6 +930,7 @@ func (m *FairleadMaps) Close() error {
 		m.Backends,
 		m.Bitmaps,
 		m.Budgets,
+		m.CheckFrames,
 		m.Clocks,
 		m.Connections4,
 		m.Connections6,
@@ -899,6 +975,7 @@ type FairleadVariables struct {
 	PathMtuLife        *ebpf.Variable `ebpf:"path_mtu_life"`
 	SharedTypes        *ebpf.Variable `ebpf:"shared_types"`
 	UseAffinityClient  *ebpf.Variable `ebpf:"use_affinity_client"`
+	UseChecks          *ebpf.Variable `ebpf:"use_checks"`
 	UseDsr             *ebpf.Variable `ebpf:"use_dsr"`
 	UseFullnat         *ebpf.Variable `ebpf:"use_fullnat"`
 	UseIpv4            *ebpf.Variable `ebpf:"use_ipv4"`

@@ -122,25 +122,6 @@ __noinline int icmp_quoted(struct xdp_md *ctx)
 	return protocol;
 }
 
-// turned_round is the tuple of packets the other way.
-static __always_inline void turned_round(__u8 family, const union tuple *from, union tuple *to)
-{
-	__builtin_memset(to, 0, sizeof(*to));
-	if (family == FAMILY_IPV4) {
-		to->v4.saddr = from->v4.daddr;
-		to->v4.daddr = from->v4.saddr;
-		to->v4.sport = from->v4.dport;
-		to->v4.dport = from->v4.sport;
-		to->v4.protocol = from->v4.protocol;
-	} else {
-		__builtin_memcpy(to->v6.saddr, from->v6.daddr, sizeof(to->v6.saddr));
-		__builtin_memcpy(to->v6.daddr, from->v6.saddr, sizeof(to->v6.daddr));
-		to->v6.sport = from->v6.dport;
-		to->v6.dport = from->v6.sport;
-		to->v6.protocol = from->v6.protocol;
-	}
-}
-
 // icmp_step takes one from the packet's time to live, for whoever routes. False: it is used up.
 __noinline int icmp_step(struct xdp_md *ctx)
 {

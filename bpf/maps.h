@@ -109,6 +109,12 @@ MAP(BPF_MAP_TYPE_LRU_HASH, fragments, struct fragment_key, struct fragment, MAX_
 MAP(BPF_MAP_TYPE_PERCPU_ARRAY, budgets, __u32, struct budget, BUDGET_COUNT, 0);
 // The clock as each CPU last saw it. Programs alone.
 MAP(BPF_MAP_TYPE_PERCPU_ARRAY, clocks, __u32, struct clock, 1, 0);
+// Backends' answers to checks through their methods. Programs write, the daemon reads.
+struct {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, CHECK_RING_BYTES);
+	__uint(pinning, LIBBPF_PIN_BY_NAME);
+} check_frames SEC(".maps");
 // Numbers for the generations of connections. Programs alone.
 MAP(BPF_MAP_TYPE_PERCPU_ARRAY, generations, __u32, __u32, 1, 0);
 

@@ -26,7 +26,8 @@
 #define IPV4_OFFSET 0x1fff
 #define IPV6_OFFSET 0xfff8
 #define IPV6_MORE 0x0001
-#define IPV6_LEAST 1280 // what every way takes (RFC 8200, section 5)
+#define PLAIN_FRAME 1522 // longer ones may be in several buffers, whatever their IP packet needs
+#define IPV6_LEAST 1280	 // what every way takes (RFC 8200, section 5)
 
 enum tcp_flag {
 	TCP_FIN = 0x01,
@@ -205,6 +206,25 @@ static __always_inline enum parsed parse_ipv6(struct packet *pkt, void *l3)
 	return PARSED_OURS_MAYBE;
 }
 
+// turned_round is the tuple of packets the other way.
+static __always_inline void turned_round(__u8 family, const union tuple *from, union tuple *to)
+{
+	__builtin_memset(to, 0, sizeof(*to));
+	if (family == FAMILY_IPV4) {
+		to->v4.saddr = from->v4.daddr;
+		to->v4.daddr = from->v4.saddr;
+		to->v4.sport = from->v4.dport;
+		to->v4.dport = from->v4.sport;
+		to->v4.protocol = from->v4.protocol;
+	} else {
+		__builtin_memcpy(to->v6.saddr, from->v6.daddr, sizeof(to->v6.saddr));
+		__builtin_memcpy(to->v6.daddr, from->v6.saddr, sizeof(to->v6.daddr));
+		to->v6.sport = from->v6.dport;
+		to->v6.dport = from->v6.sport;
+		to->v6.protocol = from->v6.protocol;
+	}
+}
+
 static __always_inline bool is_tag(__be16 type)
 {
 	return type == bpf_htons(ETH_P_8021Q) || type == bpf_htons(ETH_P_8021AD);
@@ -291,7 +311,7 @@ static __always_inline bool whole(struct packet *pkt)
 {
 	__u32 needed = pkt->flow->l3 + pkt->flow->length;
 
-	if (needed > pkt->length)
+	if (needed > pkt->length || pkt->length > PLAIN_FRAME)
 		pkt->length = bpf_xdp_get_buff_len(pkt->ctx);
 	return needed <= pkt->length;
 }

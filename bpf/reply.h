@@ -100,7 +100,13 @@ __noinline int reply_choose(void)
 	back = reply_find(flow->family, &flow->tuple, &choice->client);
 	if (back) {
 		conn = BY_FAMILY(flow->family, &choice->client, connections4, connections6, bpf_map_lookup_elem);
-		if (conn && conn->generation == back->generation) {
+		// One that was condemned gives way to a newer one.
+		if (conn && conn->generation == back->generation &&
+		    !(conn->state & STATE_CONDEMNED && flow->flags & TCP_SYN)) {
+			if (conn->state & STATE_CONDEMNED && !(flow->flags & TCP_RST)) {
+				state_change(conn, 0, STATE_BACKEND_TOLD);
+				return RESET_CONDEMNED;
+			}
 			if (flow->flags & TCP_SYN) {
 				reborn(conn, flow, now);
 			} else {
@@ -125,7 +131,11 @@ __noinline int reply_choose(void)
 				    flow->acknowledgement - half->client_sequence[1] > 0xffff)
 					return PASS_REPLY_UNKNOWN;
 				half->backend_sequence = flow->sequence + 1;
+				if (!(half->state & HALF_SYN_ACK))
+					count_answer(traffic_of_backend(half->backend), true);
 				half->state |= HALF_SYN_ACK;
+			} else if (flow->flags & TCP_RST && !(half->state & HALF_SYN_ACK)) {
+				count_answer(traffic_of_backend(half->backend), false);
 			}
 			choice->hop = half->hop;
 			choice->backend = half->backend;

@@ -15,9 +15,15 @@ static __always_inline __u32 tend_connection(struct tend_record *record, struct 
 
 	if (!ctl || !bits || !conn || conn->generation != record->generation)
 		return TEND_ABSENT;
+	if (record->what == TEND_CONDEMN) {
+		exception_note(ctl, bits, client->hash);
+		conn->marked = clock_now();
+		state_change(conn, 0, STATE_CONDEMNED);
+		return TEND_DONE;
+	}
 	if (conn->seen != record->seen)
 		return TEND_CHANGED;
-	if (record->what == TEND_REMOVE && !closing(conn->state) && !(conn->state & STATE_IDLE))
+	if (record->what == TEND_REMOVE && !closing(conn->state) && !(conn->state & (STATE_IDLE | STATE_CONDEMNED)))
 		return TEND_CHANGED;
 	if (record->what == TEND_REMOVE)
 		return connection_remove(record->generation, ROOM_TEND) ? TEND_DONE : TEND_ABSENT;
@@ -65,6 +71,7 @@ __noinline int tend_one(struct xdp_md *ctx, __u32 index)
 	switch (record->what) {
 	case TEND_MARK_IDLE:
 	case TEND_REMOVE:
+	case TEND_CONDEMN:
 		record->what = tend_connection(record, client);
 		break;
 	case TEND_REMOVE_HALF_OPEN:

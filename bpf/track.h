@@ -40,6 +40,19 @@ static __always_inline void touch(struct connection *conn, __u32 now)
 		conn->seen = now;
 }
 
+// numbers_note notes what a packet that is believed says.
+static __always_inline void numbers_note(struct connection *conn, const struct flow *flow)
+{
+	if (conn->sequence_end != flow->sequence_end)
+		conn->sequence_end = flow->sequence_end;
+	if (conn->acknowledgement != flow->acknowledgement)
+		conn->acknowledgement = flow->acknowledgement;
+	if (conn->timestamp != flow->timestamp)
+		conn->timestamp = flow->timestamp;
+	if (conn->timestamp_echo != flow->timestamp_echo)
+		conn->timestamp_echo = flow->timestamp_echo;
+}
+
 static __always_inline void state_change(struct connection *conn, __u32 clear, __u32 set)
 {
 	if (conn->state & clear)
@@ -96,8 +109,7 @@ static __always_inline bool track_client(struct control_block *ctl, struct bitma
 			state_change(conn, STATE_IDLE, STATE_CLIENT_RESET);
 		} else {
 			conn->client_fin = flow->sequence_end;
-			conn->sequence_end = flow->sequence_end;
-			conn->acknowledgement = flow->acknowledgement;
+			numbers_note(conn, flow);
 			state_change(conn, STATE_IDLE | STATE_CLIENT_RESET, STATE_CLIENT_FIN | STATE_CLIENT_FIN_KNOWN);
 		}
 		if (!closing(before) && closing(conn->state))
@@ -111,10 +123,7 @@ static __always_inline bool track_client(struct control_block *ctl, struct bitma
 		state_change(conn, STATE_IDLE, 0);
 		return false;
 	}
-	if (conn->sequence_end != flow->sequence_end)
-		conn->sequence_end = flow->sequence_end;
-	if (conn->acknowledgement != flow->acknowledgement)
-		conn->acknowledgement = flow->acknowledgement;
+	numbers_note(conn, flow);
 	if (!(before & ~STATE_STATELESS))
 		return true;
 	if (before & STATE_YOUNG)

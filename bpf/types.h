@@ -7,7 +7,7 @@
 
 // A change of a layout or of a meaning below is a new schema version: it is part of the pin path.
 enum schema {
-	SCHEMA_VERSION = 2,
+	SCHEMA_VERSION = 3,
 };
 
 enum limits {
@@ -22,14 +22,17 @@ enum limits {
 	MAX_FRAGMENTS = 16384,
 	MAX_RING_SIZE = 8388593, // the largest prime below 2^23
 	MAX_NAME = 64,
+	MAX_FAILURE = 128,
 	BITMAP_BITS = 1 << 20, // 128 KiB: small enough for L2
 	BITMAP_WORDS = BITMAP_BITS / 64,
 	TICK_SHIFT = 24, // a tick is 2^24 ns, 16.8 ms; 32 bits of them are 834 days
 	TEND_RECORDS = 64,
 	FILL_PORTS = 1024,
 	PORT_NUMBERS = 65536,
-	GUE_PORT = 6080, // of IANA
-	QUOTE_MAX = 512, // bytes of a packet that our ICMP errors quote
+	GUE_PORT = 6080,	// of IANA
+	QUOTE_MAX = 512,	// bytes of a packet that our ICMP errors quote
+	CHECK_FRAME_MAX = 2048, // bytes of a frame that answers a check
+	CHECK_RING_BYTES = 1 << 20,
 };
 
 // Who uses a CPU's scratch room: packets, or the daemon's program `tend`, which packets may interrupt.
@@ -59,6 +62,7 @@ enum verdict {
 	PASS_REPLY_UNKNOWN,  // to a source address and port of ours, of no connection we know: the host's stack answers
 	PASS_ICMP,	     // ICMP about nothing we know: the host's stack takes it
 	PASS_TUNNEL_ERROR,   // ICMP about an outer packet of ours: noted, and the host's stack takes it
+	PASS_CHECK,	     // a backend's answer to a check through its method: the daemon takes it
 	FORWARD_RING,	     // fast path: a settled slot, no exception, fresh
 	FORWARD_TABLE,	     // an entry of the connection table decided
 	FORWARD_HALF_OPEN,   // an entry of the half-open table decided
@@ -67,6 +71,7 @@ enum verdict {
 	FORWARD_UNKNOWN,     // in mid-connection and unknown: the ring decided, nobody noted it
 	FORWARD_ICMP,	     // an ICMP error about a backend's packet, to that backend
 	FORWARD_FRAGMENT,    // a later fragment, the way of its first
+	FORWARD_RESET,	     // a client's packet of a condemned connection, to its backend: as RST
 	REPLY_TABLE,	     // a backend's packet, back to the client of an established connection
 	REPLY_HALF_OPEN,     // the same for a connection not confirmed yet
 	REPLY_ICMP,	     // an ICMP error about a client's packet, to that client
@@ -81,6 +86,7 @@ enum verdict {
 	RESET_NO_PORT,	     // RST: every source port towards this backend is in use
 	RESET_BACKEND_DOWN,  // RST: the backend is down and the service's policy is reset
 	RESET_LEAVING,	     // RST: the service is leaving and takes no new connections
+	RESET_CONDEMNED,     // RST, to either end: the connection was closed by command
 	RESET_REPLY_UNKNOWN, // RST to a backend: to an address of XDP's own, of no connection we know
 	DROP_TRUNCATED,	     // shorter than its headers say
 	DROP_BAD_HEADER,     // lengths that contradict each other
@@ -170,6 +176,7 @@ enum port_flag {
 	PORT_SERVICE = 1, // as destination: some service's
 	PORT_SOURCE = 2,  // as destination: fullnat's
 	PORT_BACKEND = 4, // as source: of a backend by nat
+	PORT_CHECK = 8,	  // as destination: that checks through a method come from
 };
 
 struct port_set {
@@ -228,6 +235,7 @@ enum backend_flag {
 	BACKEND_UP = 1,
 	BACKEND_NEIGHBOR = 2, // its next hop is known
 	BACKEND_LEAVING = 4,  // out of the configuration; lives on for its connections
+	BACKEND_TRIED = 8,    // down as all are: newcomers are tried on it, and their connections stay
 };
 
 // A backend's next hop is written into the half that is not in use, then `hop_index` is turned: no frame carries half
@@ -243,6 +251,7 @@ struct backend {
 	__u32 hop_index;
 	__u8 protocol;
 	__u8 pad[3];
+	__u32 down_at;		 // tick: what was opened before is lost while the backend is down
 	__be32 tunnel_source[4]; // outer source address of ipip and gue
 	__be32 tunnel_mask;	 // bits of its last word that vary with the connection
 	struct hop hop[2];
@@ -277,8 +286,10 @@ enum connection_state {
 	STATE_BACKEND_FIN_KNOWN = 32,
 	STATE_CLIENT_RESET = 64, // the client's last packet was a RST
 	STATE_BACKEND_RESET = 128,
-	STATE_STATELESS = 256, // its method sees no replies
-	STATE_CONDEMNED = 512, // answers RST to whatever follows
+	STATE_STATELESS = 256,	   // its method sees no replies
+	STATE_CONDEMNED = 512,	   // answers RST to whatever follows
+	STATE_BACKEND_TOLD = 1024, // condemned: its backend got a RST
+	STATE_CLIENT_TOLD = 2048,  // condemned: its client got a RST
 };
 
 struct connection {
@@ -299,6 +310,9 @@ struct connection {
 	__u32 backend_fin;
 	__u32 base_sequence; // young: of the handshake
 	__u32 base_acknowledgement;
+	// Of the timestamp option of the client's last packet (RFC 7323); both 0: it has none.
+	__u32 timestamp;
+	__u32 timestamp_echo;
 };
 
 enum half_state {
@@ -380,6 +394,8 @@ struct flow {
 	__u32 sequence;
 	__u32 sequence_end; // behind the payload, and behind a FIN or SYN
 	__u32 acknowledgement;
+	__u32 timestamp; // both 0: none
+	__u32 timestamp_echo;
 	__u8 family;
 	__u8 protocol;
 	__u8 flags;	 // of TCP
@@ -439,6 +455,21 @@ struct path {
 	__u32 tick;
 };
 
+// A RST about to be made of the packet in hand, as it is to be on the wire.
+struct reset {
+	union tuple tuple;
+	__u32 sequence;
+	__u32 acknowledgement;
+	__u32 flags;
+};
+
+// A frame that answers a check through a method, for the daemon.
+struct check_frame {
+	__u32 ifindex;
+	__u32 length; // bytes of the frame; no more than CHECK_FRAME_MAX of them are here
+	__u8 data[CHECK_FRAME_MAX];
+};
+
 // The fragments of one packet.
 struct fragment_key {
 	__be32 saddr[4];
@@ -493,6 +524,7 @@ struct scratch {
 	struct fragment_key fragment_key;
 	struct fragment fragment;
 	struct path_key path;
+	struct reset reset;
 	__u32 mtu; // that a packet was too big for
 	__u8 quote[QUOTE_MAX];
 };
@@ -509,6 +541,34 @@ struct traffic {
 	__u64 refused;	     // answered RST or dropped
 	__u64 reply_packets; // from backends
 	__u64 reply_bytes;
+	__u64 answered; // where replies are seen: SYNs that the backend answered SYN-ACK,
+	__u64 rejected; // or RST
+};
+
+// What checks say of a backend. The programs don't ask; they go by its flags.
+enum health {
+	HEALTH_NONE = 0, // not checked
+	HEALTH_UNKNOWN = 1,
+	HEALTH_UP = 2,
+	HEALTH_DOWN = 3,
+	HEALTH_HELD = 4, // down, and held there as it has flapped
+};
+
+// Why a backend has not the weight, or not the connections, that the configuration and its checks alone would give it.
+enum order {
+	ORDER_DRAIN = 1,	// by command
+	ORDER_WEIGHT = 2,	// by command
+	ORDER_DISABLED = 4,	// by configuration
+	ORDER_CHECK_DRAIN = 8,	// by its check's answer
+	ORDER_CHECK_MAINT = 16, // by its check's answer
+	ORDER_CHECK_WEIGHT = 32,
+	ORDER_SLOW_START = 64,
+};
+
+// What a service makes of its backends' checks.
+enum standing {
+	STANDING_ALL_DOWN = 1, // all are down
+	STANDING_PANIC = 2,    // so few are up that the checks' verdict is off
 };
 
 // Names, for whoever reads the maps; the programs don't.
@@ -520,16 +580,22 @@ struct service_label {
 	__u8 protocol;
 	__u32 ring_size;
 	__u32 flags;
-	__u32 pad;
+	__u32 standing;	    // enum standing
 	__u64 idle_timeout; // ns
 };
 
 struct backend_label {
 	__u8 name[MAX_NAME];
-	__u32 used; // 0: this number is free
-	__u32 weight;
-	__u32 next_hop_state;  // as the neighbour watcher has it
-	__u8 reason[MAX_NAME]; // why there is no next hop
+	__u32 used;		   // 0: this number is free
+	__u32 weight;		   // as configured or by command
+	__u32 configured;	   // weight in the configuration
+	__u32 percent;		   // how much of its weight it has in the ring
+	__u32 health;		   // enum health
+	__u32 orders;		   // enum order
+	__u32 since;		   // tick of `health`
+	__u32 failed;		   // tick of the last failed check; 0: none
+	__u8 failure[MAX_FAILURE]; // its reason
+	__u8 reason[MAX_NAME];	   // why there is no next hop
 };
 
 // `tend` looks after entries for the daemon, and looks again as it does so: a record is obeyed only where the entry is
@@ -539,6 +605,7 @@ enum tend_what {
 	TEND_MARK_IDLE = 1,
 	TEND_REMOVE = 2,
 	TEND_REMOVE_HALF_OPEN = 3,
+	TEND_CONDEMN = 4,
 	TEND_DONE = 100,    // the program's answer: obeyed
 	TEND_CHANGED = 101, // not obeyed: the entry has changed since
 	TEND_ABSENT = 102,  // not obeyed: no such entry
@@ -584,6 +651,10 @@ struct shared_types {
 	enum half_state half_state;
 	enum token token;
 	enum tend_what tend_what;
+	enum health health;
+	enum order order;
+	enum standing standing;
+	struct check_frame check_frame;
 	struct tend_request tend_request;
 	struct fill_request fill_request;
 };

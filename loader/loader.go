@@ -25,6 +25,7 @@ type Settings struct {
 	FullNAT, NAT, DSR bool // forwarding methods in use
 	Tunnel            bool // ipip or gue is in use
 	AffinityClient    bool // some service chooses by the client's address alone
+	Checks            bool // some checks go through their method
 	// Connections is the capacity of the connection table, HalfOpen that of the half-open table, in connections of each
 	// family. 0 takes the size that the programs were compiled with. Sizes of maps already pinned are kept.
 	Connections uint32

@@ -52,6 +52,7 @@ func load(s Settings, present map[string]*ebpf.Map, log *slog.Logger) (*ebpf.Col
 		bpf.FairleadVarUseTcp:             truth(s.TCP),
 		bpf.FairleadVarUseUdp:             truth(s.UDP),
 		bpf.FairleadVarUseAffinityClient:  truth(s.AffinityClient),
+		bpf.FairleadVarUseChecks:          truth(s.Checks),
 		bpf.FairleadVarConnectionCapacity: s.Connections,
 		// As many may be young as a flood may take, without displacing what is proven alive.
 		bpf.FairleadVarYoungBudget: max(s.Connections/8, 1),

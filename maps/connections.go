@@ -22,6 +22,11 @@ const (
 	StateClientRST  = State(bpf.FairleadConnectionStateSTATE_CLIENT_RESET)
 	StateBackendRST = State(bpf.FairleadConnectionStateSTATE_BACKEND_RESET)
 	StateStateless  = State(bpf.FairleadConnectionStateSTATE_STATELESS)
+	// A condemned connection was closed by command, or its backend is down and its client told so: whoever sends on it
+	// gets RST. The other two say who has got one.
+	StateCondemned   = State(bpf.FairleadConnectionStateSTATE_CONDEMNED)
+	StateBackendTold = State(bpf.FairleadConnectionStateSTATE_BACKEND_TOLD)
+	StateClientTold  = State(bpf.FairleadConnectionStateSTATE_CLIENT_TOLD)
 
 	stateClientFINKnown  = State(bpf.FairleadConnectionStateSTATE_CLIENT_FIN_KNOWN)
 	stateBackendFINKnown = State(bpf.FairleadConnectionStateSTATE_BACKEND_FIN_KNOWN)
@@ -47,12 +52,14 @@ func (s State) ended() bool {
 
 // marked tells whether the entry is an exception for its own sake.
 func (s State) marked() bool {
-	return s.Closing() || s&(StateIdle|StateYoung|stateClientFINKnown|stateBackendFINKnown) != 0
+	return s.Closing() || s&(StateIdle|StateYoung|StateCondemned|stateClientFINKnown|stateBackendFINKnown) != 0
 }
 
 // String is the one word for a state: half-open is the other table's.
 func (s State) String() string {
 	switch {
+	case s&StateCondemned != 0:
+		return "condemned"
 	case s.Closing():
 		return "closing"
 	case s&(StateClientFIN|StateBackendFIN) != 0:
@@ -79,7 +86,16 @@ type Connection struct {
 	SourcePort uint16 // fullnat: source port; else 0
 	// SequenceEnd and Acknowledgement are of the client's last packet looked at.
 	SequenceEnd, Acknowledgement uint32
-	ClientMAC                    [6]byte // where the client's packets come from
+	// Timestamp and TimestampEcho are of that packet's timestamp option (RFC 7323); both 0: it has none.
+	Timestamp, TimestampEcho uint32
+	Hop                      Hop // where the client's packets come from
+}
+
+// Hop is where a frame goes next.
+type Hop struct {
+	MAC, SourceMAC [6]byte
+	Interface      uint32    // index of the device
+	VLAN           [2]uint16 // tags as bpf's struct hop has them, outermost first; 0: none
 }
 
 // HalfOpenConnection is an entry of the half-open table.
@@ -102,7 +118,9 @@ func connection(t Tuple, v *bpf.FairleadConnection) Connection {
 	return Connection{
 		Tuple: t, Service: v.Service, Backend: v.Backend, Generation: v.Generation, State: State(v.State),
 		Opened: v.Opened, Seen: v.Seen, Marked: v.Marked, Source: uint32(v.Source), SourcePort: portWire(v.SourcePort),
-		SequenceEnd: v.SequenceEnd, Acknowledgement: v.Acknowledgement, ClientMAC: v.Hop.Mac,
+		SequenceEnd: v.SequenceEnd, Acknowledgement: v.Acknowledgement,
+		Timestamp: v.Timestamp, TimestampEcho: v.TimestampEcho,
+		Hop: Hop{MAC: v.Hop.Mac, SourceMAC: v.Hop.SourceMac, Interface: v.Hop.Ifindex, VLAN: v.Hop.Vlan},
 	}
 }
 

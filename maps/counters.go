@@ -17,6 +17,8 @@ type Traffic struct {
 	Refused      uint64 `json:"refused"`
 	ReplyPackets uint64 `json:"reply_packets"` // from backends, where replies pass
 	ReplyBytes   uint64 `json:"reply_bytes"`
+	Answered     uint64 `json:"answered"` // where replies pass: SYNs that the backend answered SYN-ACK,
+	Rejected     uint64 `json:"rejected"` // or RST
 }
 
 // Totals are counts by name, in the order of the names of package bpf.
@@ -54,6 +56,8 @@ func trafficOf(perCPU []bpf.FairleadTraffic) (sum Traffic) {
 		sum.Refused += t.Refused
 		sum.ReplyPackets += t.ReplyPackets
 		sum.ReplyBytes += t.ReplyBytes
+		sum.Answered += t.Answered
+		sum.Rejected += t.Rejected
 	}
 	return sum
 }

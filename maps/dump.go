@@ -49,6 +49,7 @@ func (s *Set) Dump(inv *Inventory, name string, service *Service, visit func(Rec
 		bpf.FairleadMapBackends:       d.backends,
 		bpf.FairleadMapBitmaps:        d.bitmaps,
 		bpf.FairleadMapBudgets:        d.budgets,
+		bpf.FairleadMapCheckFrames:    d.checkFrames,
 		bpf.FairleadMapClocks:         d.clocks,
 		bpf.FairleadMapConnections4:   func() error { return dumpTable(d, s.raw.Connections4, fromTuple4, d.connection) },
 		bpf.FairleadMapConnections6:   func() error { return dumpTable(d, s.raw.Connections6, fromTuple6, d.connection) },
@@ -163,7 +164,7 @@ func flagNames(word uint32, names ...string) []string {
 
 func stateNames(state uint32) []string {
 	return flagNames(state, "young", "idle", "client_fin", "client_fin_known", "backend_fin", "backend_fin_known",
-		"client_reset", "backend_reset", "stateless", "condemned")
+		"client_reset", "backend_reset", "stateless", "condemned", "backend_told", "client_told")
 }
 
 func (d *dumper) connection(t Tuple, v *bpf.FairleadConnection) Record {
@@ -173,6 +174,7 @@ func (d *dumper) connection(t Tuple, v *bpf.FairleadConnection) Record {
 		{"opened", Age(d.now, v.Opened)}, {"seen", Age(d.now, v.Seen)}, {"marked", marked(d.now, v.Marked)},
 		{"state", stateNames(v.State)}, {"source", d.sourcePort(v.Source, v.SourcePort)},
 		{"sequence_end", v.SequenceEnd}, {"acknowledgement", v.Acknowledgement},
+		{"timestamp", v.Timestamp}, {"timestamp_echo", v.TimestampEcho},
 		{"client_fin", v.ClientFin}, {"backend_fin", v.BackendFin},
 		{"base_sequence", v.BaseSequence}, {"base_acknowledgement", v.BaseAcknowledgement},
 		{"mac", mac(v.Hop.Mac)}, {"own_mac", mac(v.Hop.SourceMac)}, {"ifindex", v.Hop.Ifindex}, {"vlan", vlanNames(v.Hop.Vlan)},
@@ -313,7 +315,7 @@ func (d *dumper) serviceInfo() error {
 			{"number", *id}, {"name", name(v.Name[:])},
 			{"address", netip.AddrPortFrom(wordsAddress(v.Family, v.Address), portWire(v.Port))},
 			{"protocol", ProtocolName(v.Protocol)}, {"ring_size", v.RingSize}, {"flags", serviceFlags(v.Flags)},
-			{"idle_timeout", time.Duration(v.IdleTimeout)},
+			{"idle_timeout", time.Duration(v.IdleTimeout)}, {"standing", Standing(v.Standing).String()},
 		})
 	})
 }
@@ -324,7 +326,9 @@ func (d *dumper) backendInfo() error {
 			return nil
 		}
 		return d.visit(Record{
-			{"number", *id}, {"name", name(v.Name[:])}, {"weight", v.Weight}, {"reason", name(v.Reason[:])},
+			{"number", *id}, {"name", name(v.Name[:])}, {"weight", v.Weight}, {"configured", v.Configured},
+			{"percent", v.Percent}, {"health", Health(v.Health).String()}, {"orders", Orders(v.Orders).Names()},
+			{"since", marked(d.now, v.Since)}, {"failed", marked(d.now, v.Failed)}, {"failure", name(v.Failure[:])}, {"reason", name(v.Reason[:])},
 		})
 	})
 }
@@ -344,9 +348,9 @@ func (d *dumper) backends() error {
 		if err := d.visit(Record{
 			{"number", b.ID}, {"name", b.Name}, {"service", d.serviceName(v.Service)},
 			{"address", netip.AddrPortFrom(b.Address, b.Port)}, {"method", Method(v.Method).String()},
-			{"flags", flagNames(v.Flags, "up", "neighbor", "leaving")}, {"mac", mac(hop.Mac)},
+			{"flags", flagNames(v.Flags, "up", "neighbor", "leaving", "tried")}, {"mac", mac(hop.Mac)},
 			{"own_mac", mac(hop.SourceMac)}, {"ifindex", hop.Ifindex}, {"vlan", vlanNames(hop.Vlan)}, {"hop_index", v.HopIndex}, {"mtu", v.Mtu},
-			{"pools", pools}, {"tunnel_source", b.Tunnel}, {"protocol", ProtocolName(v.Protocol)},
+			{"pools", pools}, {"tunnel_source", b.Tunnel}, {"protocol", ProtocolName(v.Protocol)}, {"down", marked(d.now, v.DownAt)},
 		}); err != nil {
 			return err
 		}
@@ -449,6 +453,11 @@ func (d *dumper) clocks() error {
 	return nil
 }
 
+// checkFrames shows no frames: reading them would take them from the daemon.
+func (d *dumper) checkFrames() error {
+	return d.visit(Record{{"capacity", d.raw.CheckFrames.MaxEntries()}, {"frame", bpf.FairleadLimitsCHECK_FRAME_MAX}})
+}
+
 func (d *dumper) addresses(ipv4 bool) error {
 	all, err := d.Addresses()
 	if err != nil {
@@ -548,7 +557,7 @@ func (d *dumper) generations() error {
 func trafficFields(t Traffic) Record {
 	return Record{
 		{"packets", t.Packets}, {"bytes", t.Bytes}, {"new_connections", t.Connections}, {"refused", t.Refused},
-		{"reply_packets", t.ReplyPackets}, {"reply_bytes", t.ReplyBytes},
+		{"reply_packets", t.ReplyPackets}, {"reply_bytes", t.ReplyBytes}, {"answered", t.Answered}, {"rejected", t.Rejected},
 	}
 }
 

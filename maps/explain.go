@@ -89,7 +89,8 @@ func (s *Set) Explain(inv *Inventory, client netip.AddrPort, service Service) (E
 		if !e.SlotNow.Settled {
 			e.Rule = RuleUnsettled
 		}
-		if b, ok := inv.Backend(e.SlotNow.Backend); ok && b.Method.Stateless() {
+		if b, ok := inv.Backend(e.SlotNow.Backend); ok && b.Method.Stateless() &&
+			(b.Up || service.OnBackendDown != DownReset) {
 			e.InMidConnection = b
 		}
 		if e.Backend, err = s.forNew(inv, &e); err != nil {
@@ -99,11 +100,23 @@ func (s *Set) Explain(inv *Inventory, client netip.AddrPort, service Service) (E
 			e.InMidConnection = e.Backend
 		}
 	}
-	if e.Backend.Name == "" || !e.Backend.Up {
+	if e.Backend.Name == "" || !e.serves() || found && conn.State&StateCondemned != 0 {
 		e.Rule = RulePolicy
 	}
-	e.FastPath = service.RingFirst && e.SlotNow.Settled && !e.Exception && e.Fresh && e.Backend.Method.Stateless()
+	e.FastPath = service.RingFirst && e.SlotNow.Settled && !e.Exception && e.Fresh && e.Backend.Up && e.Backend.Method.Stateless()
 	return e, nil
+}
+
+// serves tells whether the backend may have the connection's packets, as the data plane's function of that name does.
+func (e *Explanation) serves() bool {
+	opened := Now()
+	switch {
+	case e.Entry != nil:
+		opened = e.Entry.Opened
+	case e.HalfOpen != nil:
+		opened = e.HalfOpen.First
+	}
+	return e.Backend.Up || e.Backend.Tried && int32(opened-e.Backend.downAt) >= 0
 }
 
 // newTries is how many slots the data plane tries for a new connection: NEW_TRIES of choose.h.
@@ -126,7 +139,7 @@ func (s *Set) forNew(inv *Inventory, e *Explanation) (Backend, error) {
 				return Backend{}, err
 			}
 		}
-		if b, ok := inv.Backend(slot.Backend); ok && b.Up && b.NextHop.Known && !b.Leaving {
+		if b, ok := inv.Backend(slot.Backend); ok && (b.Up || b.Tried) && b.NextHop.Known && !b.Leaving {
 			return b, nil
 		}
 	}

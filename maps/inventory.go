@@ -59,6 +59,7 @@ type Service struct {
 	Leaving        bool
 	OnBackendDown  DownPolicy
 	IdleTimeout    time.Duration
+	Standing       Standing
 	leavingKeys    map[netip.AddrPort]bool // take no new connections
 	first          netip.AddrPort          // as it was named
 	written, dirty bool                    // the maps hold it; not as it is here
@@ -114,16 +115,30 @@ type Backend struct {
 	Address  netip.Addr
 	Port     uint16
 	Method   Method
-	Weight   uint32
+	Weight   uint32       // as configured, or by command
 	Tunnel   netip.Prefix // ipip, gue: outer source addresses
 	Leaving  bool
-	Up       bool
+	Up       bool // its connections go on
+	Tried    bool // not up, but newcomers are tried on it, as all are down
 	NextHop  NextHop
+	Shown    Shown
+	downAt   uint32 // tick since when it is down
 	pools    []uint32
 	protocol uint8  // of its service
 	turn     uint32 // which half of the entry holds the next hop
 	written  bool   // the maps hold it
 	dirty    bool   // not as it is here
+}
+
+// Shown is what the maps tell of a backend to people, beside what the data plane goes by.
+type Shown struct {
+	Configured uint32 // weight in the configuration
+	Percent    uint32 // how much of its weight it has in the ring: 100, but for a slow start or its check's word
+	Health     Health
+	Orders     Orders
+	Since      uint32 // tick of Health
+	FailedAt   uint32 // tick of the last failed check; 0: none
+	Failure    string // its reason, at most 127 bytes
 }
 
 // NextHop is where frames to a backend go. Not Known: Reason says why.
@@ -210,6 +225,7 @@ func (s *Set) Inventory() (*Inventory, error) {
 			RingFirst:      flags&bpf.FairleadServiceFlagSERVICE_RING_FIRST != 0,
 			leavingKeys:    map[netip.AddrPort]bool{at: leaving}, first: netip.AddrPortFrom(wordsAddress(info.Family, info.Address), portWire(info.Port)),
 			OnBackendDown: DownPolicy(v.OnBackendDown), IdleTimeout: time.Duration(info.IdleTimeout),
+			Standing: Standing(info.Standing),
 		})
 		return nil
 	}
@@ -264,6 +280,11 @@ func backendOf(id uint32, info *bpf.FairleadBackendLabel, v *bpf.FairleadBackend
 		ID: id, Service: v.Service, Name: name(info.Name[:]), Address: wordsAddress(v.Family, v.Address),
 		Port: portWire(v.Port), Method: Method(v.Method), Weight: info.Weight,
 		Leaving: flags&bpf.FairleadBackendFlagBACKEND_LEAVING != 0, Up: flags&bpf.FairleadBackendFlagBACKEND_UP != 0,
+		Tried: flags&bpf.FairleadBackendFlagBACKEND_TRIED != 0, downAt: v.DownAt,
+		Shown: Shown{
+			Configured: info.Configured, Percent: info.Percent, Health: Health(info.Health), Orders: Orders(info.Orders),
+			Since: info.Since, FailedAt: info.Failed, Failure: name(info.Failure[:]),
+		},
 		NextHop: NextHop{
 			Known:     flags&bpf.FairleadBackendFlagBACKEND_NEIGHBOR != 0,
 			Interface: hop.Ifindex, MAC: hop.Mac, SourceMAC: hop.SourceMac, VLAN: hop.Vlan, MTU: v.Mtu, Reason: name(info.Reason[:]),

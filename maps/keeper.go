@@ -17,6 +17,10 @@ import (
 // youngTimeout is the idle timeout of young entries, and of those that FINs seem to have ended. They go after twice as long.
 const youngTimeout = 150 * time.Second
 
+// condemnedLife is how long a condemned connection's client may take to show itself, and be told. Then it meets what
+// anyone meets in mid-connection whom no table knows.
+const condemnedLife = 75 * time.Second
+
 // Keep turns epochs and tends the tables until ctx ends. A failure is logged, and tried again an epoch later.
 func (m *Manager) Keep(ctx context.Context) error {
 	ticker := time.NewTicker(m.epoch)
@@ -179,7 +183,11 @@ func (m *Manager) tendTables() error {
 			timeout = Ticks(s.IdleTimeout)
 		}
 		switch {
-		case c.State.Closing():
+		case c.State&StateCondemned != 0 && !c.State.Closing() && c.State&StateClientTold == 0:
+			if since(now, later(c.Marked, m.granted)) >= Ticks(condemnedLife) {
+				return tending.add(c.Tuple, bpf.FairleadTendWhatTEND_REMOVE, c.Generation, c.Seen)
+			}
+		case c.State.Closing() || c.State&StateCondemned != 0:
 			if since(now, later(c.Seen, c.Marked)) >= silence {
 				return tending.add(c.Tuple, bpf.FairleadTendWhatTEND_REMOVE, c.Generation, c.Seen)
 			}
@@ -204,10 +212,46 @@ func (m *Manager) tendTables() error {
 	return m.removeLeft(conns, pools, keys)
 }
 
+// Condemn ends connections, as they were read: whoever yet sends on them gets RST. It answers how many there were still.
+func (m *Manager) Condemn(list []Connection) (int, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	tending := tending{program: m.tend}
+	for i := range list {
+		c := &list[i]
+		if err := tending.add(c.Tuple, bpf.FairleadTendWhatTEND_CONDEMN, c.Generation, c.Seen); err != nil {
+			return tending.done, err
+		}
+	}
+	err := tending.flush()
+	return tending.done, err
+}
+
+// LetGo marks entries idle that have not been seen since they were read, or, once they are marked, takes them out. It
+// answers how many. An entry that shows itself in between stays.
+func (m *Manager) LetGo(list []Connection) (int, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	tending := tending{program: m.tend}
+	for i := range list {
+		c := &list[i]
+		what := bpf.FairleadTendWhatTEND_MARK_IDLE
+		if c.State&StateIdle != 0 {
+			what = bpf.FairleadTendWhatTEND_REMOVE
+		}
+		if err := tending.add(c.Tuple, what, c.Generation, c.Seen); err != nil {
+			return tending.done, err
+		}
+	}
+	err := tending.flush()
+	return tending.done, err
+}
+
 // tending hands requests to the data plane's program `tend`, which looks at each entry again before it obeys.
 type tending struct {
 	program *ebpf.Program
 	batch   map[uint8][]bpf.FairleadTendRecord
+	done    int // records obeyed
 }
 
 func (t *tending) add(tuple Tuple, what bpf.FairleadTendWhat, generation, seen uint32) error {
@@ -252,8 +296,17 @@ func (t *tending) send(family uint8) error {
 	if err != nil {
 		return err
 	}
-	if _, err := t.program.Run(&ebpf.RunOptions{Data: packet, DataOut: make([]byte, len(packet))}); err != nil {
+	answer := make([]byte, len(packet))
+	if _, err := t.program.Run(&ebpf.RunOptions{Data: packet, DataOut: answer}); err != nil {
 		return fmt.Errorf("tend %d entries: %w", len(records), err)
+	}
+	if _, err := binary.Decode(answer, binary.NativeEndian, &request); err != nil {
+		return fmt.Errorf("read what became of %d entries: %w", len(records), err)
+	}
+	for i := range records {
+		if request.Records[i].What == uint32(bpf.FairleadTendWhatTEND_DONE) {
+			t.done++
+		}
 	}
 	t.batch[family] = records[:0]
 	return nil

@@ -30,6 +30,7 @@ type WantedService struct {
 	AffinityClient bool
 	OnBackendDown  DownPolicy
 	IdleTimeout    time.Duration
+	Standing       Standing
 	Backends       []WantedBackend
 }
 
@@ -40,6 +41,12 @@ type WantedBackend struct {
 	Port    uint16 // 0: as the client's packet has it
 	Method  Method
 	Weight  uint32 // 0: no new connections
+	// Percent is how much of its weight it has in the ring, 1 to 100; 0: all.
+	Percent uint32
+	// Down: what was opened before is dealt with by the service's policy, and it is out of the ring, unless Tried: then
+	// newcomers are tried on it.
+	Down, Tried bool
+	Shown       Shown
 	// Sources are fullnat's source addresses towards this backend, at most 16.
 	Sources []WantedSource
 	// Tunnel is what ipip and gue take outer source addresses from: the connection chooses among them.
@@ -103,6 +110,7 @@ type Manager struct {
 	addresses   map[netip.Addr]AddressUse // as the maps have them
 	natBackends map[serviceKey]uint32     // as the maps have them
 	paths       map[bpf.FairleadPathKey]bool
+	checkPorts  []uint16           // that checks through their method come from
 	emptyKeys   map[serviceKey]int // leaving keys of services: walks in a row that met no connection to them
 
 	granted uint32         // tick from which idleness counts: nobody turned epochs before
@@ -119,6 +127,8 @@ type Manager struct {
 type liveRing struct {
 	m         *ebpf.Map
 	words     []uint32
+	members   []Member // that it was built of, and their numbers; nil: not known
+	ids       []uint32
 	unsettled bool
 }
 
@@ -484,6 +494,9 @@ func (m *Manager) backendsFor(p *plan, known map[identity]*Backend, hop func(net
 			} else if before.Weight != wb.Weight {
 				say("backend %s/%s: weight %d, was %d", p.want.Name, b.Name, wb.Weight, before.Weight)
 			}
+			if before.Up == wb.Down {
+				say("backend %s/%s: %s", p.want.Name, b.Name, map[bool]string{true: "down", false: "up"}[wb.Down])
+			}
 		} else {
 			id, err := freeNumber(m.backends, uint32(bpf.FairleadLimitsMAX_BACKENDS), "backend")
 			if err != nil {
@@ -499,27 +512,38 @@ func (m *Manager) backendsFor(p *plan, known map[identity]*Backend, hop func(net
 			say("backend %s/%s added: %v by %v", p.want.Name, b.Name, netip.AddrPortFrom(b.Address, b.Port), b.Method)
 			m.backends[id], known[key] = b, b
 		}
-		b.Weight, b.Leaving, b.Up, b.Tunnel = wb.Weight, false, true, varying(wb.Tunnel)
+		b.Weight, b.Leaving, b.Tunnel, b.Shown = wb.Weight, false, varying(wb.Tunnel), wb.Shown
+		b.Up, b.Tried, b.Shown.Percent = !wb.Down, wb.Down && wb.Tried, cmp.Or(wb.Percent, 100)
+		if wb.Down && (before.Up || !before.written) {
+			b.downAt = Now() + 1 // what was opened in this very tick is lost as well
+		}
 		b.NextHop = b.NextHop.followedBy(hop(b.Address), b.Method)
 		if b.pools, err = m.poolsFor(b, wb.Sources); err != nil {
 			return nil, err
 		}
-		if !slices.Equal(before.pools, b.pools) || before.Weight != b.Weight || before.Leaving || !before.Up ||
-			before.NextHop != b.NextHop || before.Tunnel != b.Tunnel || b.dirty || !b.written {
+		if !slices.Equal(before.pools, b.pools) || before.Weight != b.Weight || before.Leaving || before.Up != b.Up ||
+			before.Tried != b.Tried || before.Shown != b.Shown || before.NextHop != b.NextHop ||
+			before.Tunnel != b.Tunnel || b.dirty || !b.written {
 			b.dirty = true
 			write = append(write, b)
 		}
 		delete(m.empty, b.ID)
-		p.members = append(p.members, Member{Name: b.Name, Weight: b.Weight})
+		member := Member{Name: b.Name, Weight: b.Weight * b.Shown.Percent}
+		if wb.Down && !wb.Tried {
+			member.Weight = 0
+		}
+		p.members = append(p.members, member)
 		p.ids = append(p.ids, b.ID)
 	}
 	// Who can't be reached takes no new connections, as long as another can.
-	reachable := func(id uint32) bool { b := m.backends[id]; return b.Weight > 0 && b.NextHop.Known }
-	if slices.ContainsFunc(p.ids, reachable) {
-		for i, id := range p.ids {
-			if !reachable(id) {
-				p.members[i].Weight = 0
-			}
+	reachable := func(i int) bool { return p.members[i].Weight > 0 && m.backends[p.ids[i]].NextHop.Known }
+	any := false
+	for i := range p.ids {
+		any = any || reachable(i)
+	}
+	for i := range p.ids {
+		if any && !reachable(i) {
+			p.members[i].Weight = 0
 		}
 	}
 	return write, nil
@@ -539,13 +563,16 @@ func (m *Manager) writeBackend(b *Backend) error {
 	if b.Leaving {
 		flags |= bpf.FairleadBackendFlagBACKEND_LEAVING
 	}
+	if b.Tried {
+		flags |= bpf.FairleadBackendFlagBACKEND_TRIED
+	}
 	if b.NextHop.Known {
 		flags |= bpf.FairleadBackendFlagBACKEND_NEIGHBOR
 	}
 	v := bpf.FairleadBackend{
 		Address: addressWords(b.Address), Port: portWire(b.Port), Family: familyOf(b.Address), Method: uint8(b.Method),
 		Flags: uint32(flags), Service: b.Service, Mtu: b.NextHop.MTU, HopIndex: b.turn, Hop: old.Hop,
-		PoolCount: uint32(len(b.pools)), Protocol: b.protocol, TunnelMask: tunnelMask(b.Tunnel),
+		PoolCount: uint32(len(b.pools)), Protocol: b.protocol, TunnelMask: tunnelMask(b.Tunnel), DownAt: b.downAt,
 	}
 	if b.Tunnel.IsValid() {
 		v.TunnelSource = addressWords(b.Tunnel.Masked().Addr())
@@ -566,7 +593,12 @@ func (m *Manager) writeBackend(b *Backend) error {
 	if err := m.set.raw.Backends.Put(b.ID, &v); err != nil {
 		return fmt.Errorf("write backend %d: %w", b.ID, err)
 	}
-	info := bpf.FairleadBackendLabel{Name: label(b.Name), Used: 1, Weight: b.Weight, Reason: label(b.NextHop.Reason)}
+	info := bpf.FairleadBackendLabel{
+		Name: label(b.Name), Used: 1, Weight: b.Weight, Configured: b.Shown.Configured, Percent: b.Shown.Percent,
+		Health: uint32(b.Shown.Health), Orders: uint32(b.Shown.Orders), Since: b.Shown.Since, Failed: b.Shown.FailedAt,
+		Reason: label(b.NextHop.Reason),
+	}
+	copy(info.Failure[:len(info.Failure)-1], b.Shown.Failure)
 	if err := m.set.raw.BackendInfo.Put(b.ID, &info); err != nil {
 		return fmt.Errorf("write the name of backend %d: %w", b.ID, err)
 	}
@@ -630,13 +662,14 @@ func (m *Manager) putRings(plans []*plan) (swapped bool, err error) {
 		}
 		old := m.rings[p.service.ID]
 		if old != nil && !changed {
+			old.members, old.ids = p.members, p.ids
 			continue
 		}
 		rm, err := newRingMap(p.want.RingSize)
 		if err != nil {
 			return false, err
 		}
-		rings[p.service.ID] = &liveRing{m: rm, words: words, unsettled: changed}
+		rings[p.service.ID] = &liveRing{m: rm, words: words, members: p.members, ids: p.ids, unsettled: changed}
 		if err := putWords(rm, words, nil); err != nil {
 			return false, err
 		}
@@ -661,6 +694,9 @@ func (m *Manager) putRings(plans []*plan) (swapped bool, err error) {
 
 // ringFor builds the words of a service's ring. Changed: it differs from the living one.
 func (m *Manager) ringFor(p *plan) (words []uint32, changed bool, err error) {
+	if old := m.rings[p.service.ID]; old != nil && slices.Equal(old.members, p.members) && slices.Equal(old.ids, p.ids) {
+		return nil, false, nil
+	}
 	slots, err := BuildRing(p.want.RingSize, p.members)
 	if err != nil {
 		return nil, false, fmt.Errorf("service %s: build the ring: %w", p.want.Name, err)
@@ -711,6 +747,10 @@ func putWords(rm *ebpf.Map, words []uint32, list []uint32) error {
 func (m *Manager) putService(s *Service, ws *WantedService, say func(string, ...any)) error {
 	before := *s
 	s.Name, s.OnBackendDown, s.IdleTimeout, s.Leaving = ws.Name, ws.OnBackendDown, ws.IdleTimeout, false
+	s.Standing = ws.Standing
+	if before.written && before.Standing != s.Standing {
+		say("service %s: %s", s.Name, s.Standing.sentence())
+	}
 	s.RingFirst = slices.ContainsFunc(ws.Backends, func(b WantedBackend) bool { return b.Method.Stateless() })
 	for _, key := range s.Keys {
 		leaving := !slices.Contains(ws.Keys, key)
@@ -727,7 +767,8 @@ func (m *Manager) putService(s *Service, ws *WantedService, say func(string, ...
 		}
 	}
 	if before.Name == s.Name && before.OnBackendDown == s.OnBackendDown && before.IdleTimeout == s.IdleTimeout &&
-		before.Leaving == s.Leaving && before.RingFirst == s.RingFirst && s.written && !s.dirty {
+		before.Leaving == s.Leaving && before.RingFirst == s.RingFirst && before.Standing == s.Standing && s.written &&
+		!s.dirty {
 		return nil
 	}
 	s.dirty = true
@@ -748,6 +789,7 @@ func (m *Manager) writeService(s *Service) error {
 	info := bpf.FairleadServiceLabel{
 		Name: label(s.Name), Address: addressWords(s.Address()), Port: portWire(s.Port()), Family: familyOf(s.Address()),
 		Protocol: s.Protocol, RingSize: s.RingSize, Flags: uint32(flags), IdleTimeout: uint64(s.IdleTimeout),
+		Standing: uint32(s.Standing),
 	}
 	if err := m.set.raw.ServiceInfo.Put(s.ID, &info); err != nil {
 		return fmt.Errorf("write the name of service %s: %w", s.Name, err)

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 	"sync/atomic"
 	"unsafe"
 
@@ -21,6 +22,7 @@ const (
 	portService = portFlag(bpf.FairleadPortFlagPORT_SERVICE)
 	portSource  = portFlag(bpf.FairleadPortFlagPORT_SOURCE)
 	portBackend = portFlag(bpf.FairleadPortFlagPORT_BACKEND)
+	portCheck   = portFlag(bpf.FairleadPortFlagPORT_CHECK)
 )
 
 // Flags are those of a port number: bits of bpf's port_flag.
@@ -55,6 +57,9 @@ func (m *Manager) putNear(only bool) error {
 			flags[portWire(uint16(port))] |= portSource
 		}
 	}
+	for _, port := range m.checkPorts {
+		flags[portWire(port)] |= portCheck
+	}
 	want := make(map[serviceKey]uint32)
 	for _, b := range m.backends {
 		if b.Method == MethodNAT {
@@ -87,6 +92,15 @@ func (m *Manager) putNear(only bool) error {
 		delete(m.natBackends, key)
 	}
 	return nil
+}
+
+// SetCheckPorts says which ports checks through their method come from: a service's packets to them are for the daemon,
+// which finds them in its ring of check frames.
+func (m *Manager) SetCheckPorts(ports []uint16) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.checkPorts = slices.Clone(ports)
+	return m.putNear(true)
 }
 
 func (m *Manager) natBackendEntry(key serviceKey) (table *ebpf.Map, k any) {

@@ -32,6 +32,7 @@ var purposes = map[string]string{
 	bpf.FairleadMapBackends:       "backends by number: address, method, next hop, port pools",
 	bpf.FairleadMapBitmaps:        "exception and fresh bits, by the hash of the 4-tuple",
 	bpf.FairleadMapBudgets:        "how many adoptions and ICMP answers each CPU has left in this tick",
+	bpf.FairleadMapCheckFrames:    "answers to checks through a method, for the daemon",
 	bpf.FairleadMapClocks:         "the coarse clock, as each CPU last saw it",
 	bpf.FairleadMapConnections4:   "connection table, IPv4: who is pinned to which backend",
 	bpf.FairleadMapConnections6:   "connection table, IPv6: who is pinned to which backend",

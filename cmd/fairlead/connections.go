@@ -260,7 +260,7 @@ func (v *view) item(e *entry, now uint32, ring bool) (connectionItem, error) {
 	if !e.halfOpen {
 		idle := seconds(item.idle)
 		item.Idle, item.SequenceEnd, item.Acknowledgement = &idle, &e.SequenceEnd, &e.Acknowledgement
-		item.ClientMAC = net.HardwareAddr(e.ClientMAC[:]).String()
+		item.ClientMAC = net.HardwareAddr(e.Hop.MAC[:]).String()
 	}
 	if e.SourcePort != 0 {
 		for _, src := range v.inv.Sources {
