@@ -116,7 +116,7 @@ func (e *Explanation) serves() bool {
 	case e.HalfOpen != nil:
 		opened = e.HalfOpen.First
 	}
-	return e.Backend.Up || e.Backend.Tried && int32(opened-e.Backend.downAt) >= 0
+	return e.Backend.Serves(opened)
 }
 
 // newTries is how many slots the data plane tries for a new connection: NEW_TRIES of choose.h.

@@ -130,6 +130,12 @@ type Backend struct {
 	dirty    bool   // not as it is here
 }
 
+// Serves tells whether the backend may have the packets of a connection opened at a tick: while it is down, none but
+// those opened since, where newcomers are tried on it. The data plane's function of that name says the same.
+func (b *Backend) Serves(opened uint32) bool {
+	return b.Up || b.Tried && int32(opened-b.downAt) >= 0
+}
+
 // Shown is what the maps tell of a backend to people, beside what the data plane goes by.
 type Shown struct {
 	Configured uint32 // weight in the configuration

@@ -43,8 +43,9 @@ type WantedBackend struct {
 	Weight  uint32 // 0: no new connections
 	// Percent is how much of its weight it has in the ring, 1 to 100; 0: all.
 	Percent uint32
-	// Down: what was opened before is dealt with by the service's policy, and it is out of the ring, unless Tried: then
-	// newcomers are tried on it.
+	Out     bool // no new connections, whatever its weight
+	// Down: what was opened before is dealt with by the service's policy. Tried: newcomers are tried on it all the same;
+	// else it is Out.
 	Down, Tried bool
 	Shown       Shown
 	// Sources are fullnat's source addresses towards this backend, at most 16.
@@ -513,10 +514,8 @@ func (m *Manager) backendsFor(p *plan, known map[identity]*Backend, hop func(net
 			m.backends[id], known[key] = b, b
 		}
 		b.Weight, b.Leaving, b.Tunnel, b.Shown = wb.Weight, false, varying(wb.Tunnel), wb.Shown
-		b.Up, b.Tried, b.Shown.Percent = !wb.Down, wb.Down && wb.Tried, cmp.Or(wb.Percent, 100)
-		if wb.Down && (before.Up || !before.written) {
-			b.downAt = Now() + 1 // what was opened in this very tick is lost as well
-		}
+		b.Shown.Percent = cmp.Or(wb.Percent, 100)
+		b.setDown(wb.Down, wb.Tried)
 		b.NextHop = b.NextHop.followedBy(hop(b.Address), b.Method)
 		if b.pools, err = m.poolsFor(b, wb.Sources); err != nil {
 			return nil, err
@@ -529,7 +528,7 @@ func (m *Manager) backendsFor(p *plan, known map[identity]*Backend, hop func(net
 		}
 		delete(m.empty, b.ID)
 		member := Member{Name: b.Name, Weight: b.Weight * b.Shown.Percent}
-		if wb.Down && !wb.Tried {
+		if wb.Out || wb.Down && !wb.Tried {
 			member.Weight = 0
 		}
 		p.members = append(p.members, member)
@@ -547,6 +546,64 @@ func (m *Manager) backendsFor(p *plan, known map[identity]*Backend, hop func(net
 		}
 	}
 	return write, nil
+}
+
+// setDown answers whether that changes anything.
+func (b *Backend) setDown(down, tried bool) bool {
+	tried = down && tried
+	if b.Up == !down && b.Tried == tried {
+		return false
+	}
+	if down && (b.Up || !b.written) {
+		b.downAt = Now() + 1 // what was opened in this very tick is lost as well
+	}
+	b.Up, b.Tried = !down, tried
+	return true
+}
+
+// SetDown asks judge of each backend whether it is down, and whether newcomers are tried on it; not known: it stays as
+// it is. It answers those that went down or came up. Rings stay as they are: Apply makes them fit.
+func (m *Manager) SetDown(judge func(service string, b *Backend) (down, tried, known bool)) (turned []Backend, err error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, b := range m.backends {
+		s := m.services[b.Service]
+		if s == nil || !b.written {
+			continue
+		}
+		before := b.Up
+		down, tried, known := judge(s.Name, b)
+		if !known || !b.setDown(down, tried) {
+			continue
+		}
+		b.dirty = true
+		if err := m.writeBackend(b); err != nil {
+			return turned, err
+		}
+		if before != b.Up {
+			turned = append(turned, *b)
+		}
+	}
+	return turned, nil
+}
+
+// Backends are those that the maps hold, by number, each with its service.
+func (m *Manager) Backends() (list []ServiceBackend) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, b := range m.backends {
+		if s := m.services[b.Service]; s != nil && b.written {
+			list = append(list, ServiceBackend{Service: *s, Backend: *b})
+		}
+	}
+	slices.SortFunc(list, func(a, b ServiceBackend) int { return int(a.Backend.ID) - int(b.Backend.ID) })
+	return list
+}
+
+// ServiceBackend is a backend and its service.
+type ServiceBackend struct {
+	Service Service
+	Backend Backend
 }
 
 // writeBackend writes a backend's entry, then its label, which is what makes it there for readers. A changed next hop is

@@ -112,16 +112,60 @@ const (
 	HealthHTTP      HealthType = "http"
 	HealthHTTPS     HealthType = "https"
 	HealthWebSocket HealthType = "websocket"
+	HealthWSS       HealthType = "wss"  // websocket inside TLS
+	HealthExec      HealthType = "exec" // a command decides
 	HealthNone      HealthType = "none"
 )
 
-var healthTypes = []HealthType{HealthTCP, HealthHTTP, HealthHTTPS, HealthWebSocket, HealthNone}
+var healthTypes = []HealthType{HealthTCP, HealthHTTP, HealthHTTPS, HealthWebSocket, HealthWSS, HealthExec, HealthNone}
 
 func (t HealthType) String() string { return string(t) }
 
-func (t HealthType) hasPath() bool {
-	return t == HealthHTTP || t == HealthHTTPS || t == HealthWebSocket
-}
+// What a check of a type does, which decides what fields it takes.
+var (
+	checking   = []HealthType{HealthTCP, HealthHTTP, HealthHTTPS, HealthWebSocket, HealthWSS, HealthExec}
+	connecting = []HealthType{HealthTCP, HealthHTTP, HealthHTTPS, HealthWebSocket, HealthWSS}
+	requesting = []HealthType{HealthHTTP, HealthHTTPS, HealthWebSocket, HealthWSS}
+	reading    = []HealthType{HealthHTTP, HealthHTTPS} // an answer with a status and a body
+	encrypting = []HealthType{HealthHTTPS, HealthWSS}
+	executing  = []HealthType{HealthExec}
+)
+
+// Via says which address a check asks for.
+type Via string
+
+const (
+	ViaBackend Via = "backend" // the backend's own
+	ViaService Via = "service" // the service's, as its clients do, sent to the backend
+)
+
+var vias = []Via{ViaBackend, ViaService}
+
+func (v Via) String() string { return string(v) }
+
+// Initial is what a backend counts as until its first check has ended.
+type Initial string
+
+const (
+	InitialUp   Initial = "up"
+	InitialDown Initial = "down"
+)
+
+var initials = []Initial{InitialUp, InitialDown}
+
+func (i Initial) String() string { return string(i) }
+
+// AllDown says what becomes of new connections while every backend is down.
+type AllDown string
+
+const (
+	AllDownOpen  AllDown = "open"  // they are tried on all backends
+	AllDownReset AllDown = "reset" // they are refused at once
+)
+
+var allDowns = []AllDown{AllDownOpen, AllDownReset}
+
+func (a AllDown) String() string { return string(a) }
 
 // BalanceMode says what new connections are spread by.
 type BalanceMode string

@@ -2,7 +2,8 @@
 // validated, and handed on as one checked value that nobody changes any more.
 //
 // All errors of a file are found in one pass and told together, each with file, line, field, what is wrong and what to
-// do. What only the host can tell (whether a dsr backend is on-link, whether an interface exists) is not checked here;
+// do. The files that it names for health checks belong to it: certificates are read with it, commands must be there.
+// What else only the host can tell (whether a dsr backend is on-link, whether an interface exists) is not checked here;
 // the daemon reports it in the same form by [Config.Refuse].
 package config
 
@@ -14,6 +15,7 @@ import (
 	"net/netip"
 	"os"
 	"reflect"
+	"slices"
 	"strings"
 	"time"
 )
@@ -62,6 +64,10 @@ type Service struct {
 	RingSize        uint32 // a prime
 	IdleTimeout     time.Duration
 	OnBackendDown   DownPolicy
+	AllDown         AllDown
+	Panic           uint32         // percent: with a smaller share of backends up, the checks' verdict is off; 0: never
+	ResetRate       uint32         // clients of a dead backend told a second
+	SlowStart       time.Duration  // over which the weight of a backend that comes up grows; 0: at once
 	SourceAddresses []netip.Addr   // fullnat only; empty: the address of the outgoing interface
 	SourcePorts     PortRange      // fullnat only; zero: the default, which only the host can tell
 	TunnelSources   []netip.Prefix // ipip and gue only; at most one of each family, IPv4 first: see [Service.TunnelSource]
@@ -74,21 +80,12 @@ type Service struct {
 
 // Backend is one server of a service.
 type Backend struct {
-	Name    string
-	Address netip.Addr
-	Port    uint16  // 0: as the client's packet has it, under dsr, ipip and gue with a service of several ports
-	Weight  uint32  // 0: draining
-	Health  *Health // nil: the service's; else whole, what the override left out taken from the service's
-}
-
-// Health says how a backend is checked. Under HealthNone all other fields are zero.
-type Health struct {
-	Type     HealthType
-	Path     string // http, https and websocket only
-	Interval time.Duration
-	Timeout  time.Duration // never longer than Interval
-	Rise     uint32        // good checks in a row that make a backend up
-	Fall     uint32        // bad checks in a row that make it down
+	Name     string
+	Address  netip.Addr
+	Port     uint16  // 0: as the client's packet has it, under dsr, ipip and gue with a service of several ports
+	Weight   uint32  // 0: draining
+	Disabled bool    // no new connections, no checks
+	Health   *Health // nil: the service's; else whole, what the override left out taken from it: see [Service.HealthOf]
 }
 
 // Balance says how new connections are spread.
@@ -117,15 +114,15 @@ func Load(path string) (*Config, error) {
 
 // Parse checks data, the content of the file called name. Its error is always [Errors].
 func Parse(name string, data []byte) (*Config, error) {
-	return parse(name, data, os.Hostname)
+	return parse(name, data, thisHost)
 }
 
-func parse(name string, data []byte, hostname func() (string, error)) (*Config, error) {
+func parse(name string, data []byte, h host) (*Config, error) {
 	raw, src, places, errs := decode(name, data)
 	if raw == nil {
 		return nil, errs
 	}
-	c := checker{source: src, errs: errs, hostname: hostname}
+	c := newChecker(src, errs, h)
 	cfg := c.config(raw)
 	if len(c.errs) > 0 {
 		c.errs.sort()
@@ -135,7 +132,8 @@ func parse(name string, data []byte, hostname func() (string, error)) (*Config, 
 	return cfg, nil
 }
 
-// Equal reports whether both say the same, wherever they were read from and however they were written.
+// Equal reports whether both say the same, wherever they were read from and however they were written. Certificates
+// count by what they are, so that a file of them that was replaced makes a difference.
 func (c *Config) Equal(other *Config) bool {
 	if c == nil || other == nil {
 		return c == other
@@ -143,7 +141,27 @@ func (c *Config) Equal(other *Config) bool {
 	a, b := *c, *other
 	a.Path, a.source, a.places, a.endpoints = "", source{}, nil, nil
 	b.Path, b.source, b.places, b.endpoints = "", source{}, nil, nil
-	return reflect.DeepEqual(a, b)
+	var checksA, checksB []*Health
+	a.Services, checksA = apart(a.Services)
+	b.Services, checksB = apart(b.Services)
+	return reflect.DeepEqual(a, b) && slices.EqualFunc(checksA, checksB, func(a, b *Health) bool {
+		return a == b || a != nil && b != nil && a.Equal(*b)
+	})
+}
+
+// apart returns services without their healths, and those, which reflect can't compare.
+func apart(services []Service) (rest []Service, checks []*Health) {
+	rest = slices.Clone(services)
+	for i := range rest {
+		s := &rest[i]
+		checks = append(checks, &services[i].Health)
+		s.Health, s.Backends = Health{}, slices.Clone(s.Backends)
+		for j := range s.Backends {
+			checks = append(checks, s.Backends[j].Health)
+			s.Backends[j].Health = nil
+		}
+	}
+	return rest, checks
 }
 
 // Refuse makes an error in the form of this package's own for what was found out later, at the line of field, as in

@@ -21,14 +21,29 @@ var asValue = cmp.Options{cmpopts.EquateComparable(netip.Addr{}, netip.AddrPort{
 
 func mustParse(tb testing.TB, text string) *Config {
 	tb.Helper()
-	cfg, err := parse("edge.yaml", []byte(text), testHostname)
+	cfg, err := parse("edge.yaml", []byte(text), testHost)
 	if err != nil {
 		tb.Fatal(err)
 	}
 	return cfg
 }
 
-func testHostname() (string, error) { return "edge-test", nil }
+// testHost has the files that tests name.
+var testHost = host{
+	name: func() (string, error) { return "edge-test", nil },
+	file: func(path string) ([]byte, error) {
+		if text, ok := testFiles[path]; ok {
+			return []byte(text), nil
+		}
+		return nil, &fs.PathError{Op: "open", Path: path, Err: fs.ErrNotExist}
+	},
+	program: func(path string) error {
+		if path != "/usr/lib/fairlead/check" {
+			return &fs.PathError{Op: "stat", Path: path, Err: fs.ErrNotExist}
+		}
+		return nil
+	},
+}
 
 // TestLoadWholeExample reads the contract's own example, with every field given.
 func TestLoadWholeExample(t *testing.T) {
@@ -51,11 +66,14 @@ func TestLoadWholeExample(t *testing.T) {
 			OnBackendDown:   DownReset,
 			SourceAddresses: []netip.Addr{netip.MustParseAddr("10.0.0.1")},
 			SourcePorts:     PortRange{First: 1024, Last: 32767},
-			Health: Health{Type: HealthWebSocket, Path: "/healthz", Interval: 2 * time.Second, Timeout: time.Second,
-				Rise: 2, Fall: 3},
+			AllDown:         AllDownOpen, Panic: 30, ResetRate: 20000, SlowStart: 30 * time.Second,
+			Health: Health{Type: HealthWebSocket, Path: "/healthz", Via: ViaBackend, Interval: 2 * time.Second,
+				FastInterval: 500 * time.Millisecond, Timeout: time.Second, Jitter: 10, Rise: 2, Fall: 3,
+				Initial: InitialDown, Flaps: 3, FlapWindow: time.Minute, HoldDown: 30 * time.Second},
 			Balance:       Balance{Mode: BalanceHash},
 			ProxyProtocol: ProxyNone, Announce: AnnounceAuto,
-			Backends: []Backend{{Name: "ws1", Address: netip.MustParseAddr("10.0.0.11"), Port: 8765, Weight: 1}},
+			Backends: []Backend{{Name: "ws1", Address: netip.MustParseAddr("10.0.0.11"), Port: 8765, Weight: 1},
+				{Name: "ws2", Address: netip.MustParseAddr("10.0.0.12"), Port: 8765, Weight: 1, Disabled: true}},
 		}},
 	}
 	if diff := cmp.Diff(want, got, asValue); diff != "" {
@@ -89,7 +107,7 @@ services:
 		s.Method, s.Affinity, s.RingSize, s.OnBackendDown = MethodFullNAT, AffinityConnection, 65537, DownReset
 		s.Addresses, s.Ports = []netip.Addr{s.Address}, []PortRange{{s.Port, s.Port}}
 		s.Health, s.Balance = Health{Type: HealthNone}, Balance{Mode: BalanceHash}
-		s.ProxyProtocol, s.Announce = ProxyNone, AnnounceAuto
+		s.ProxyProtocol, s.Announce, s.AllDown, s.ResetRate = ProxyNone, AnnounceAuto, AllDownOpen, 20000
 		want.Services = append(want.Services, s)
 	}
 	if diff := cmp.Diff(want, got, asValue); diff != "" {
@@ -118,40 +136,9 @@ func TestDefaultsThatDepend(t *testing.T) {
 			t.Errorf("services %v, want none", got.Services)
 		}
 	})
-	t.Run("a backend's health takes the rest from its service's", func(t *testing.T) {
-		got := mustParse(t, `
-services:
-- name: chat
-  address: 192.0.2.10
-  port: 443
-  health: {type: websocket, path: /ready, interval: 4s, timeout: 3s, rise: 5}
-  backends:
-  - {name: a, address: 10.0.0.1}
-  - {name: b, address: 10.0.0.2, health: {interval: 2s, fall: 9}}
-  - {name: c, address: 10.0.0.3, health: {type: tcp}}
-  - {name: d, address: 10.0.0.4, health: {type: none}}
-`).Services[0]
-		want := []*Health{
-			nil,
-			{Type: HealthWebSocket, Path: "/ready", Interval: 2 * time.Second, Timeout: 2 * time.Second, Rise: 5, Fall: 9},
-			{Type: HealthTCP, Interval: 4 * time.Second, Timeout: 3 * time.Second, Rise: 5, Fall: 3},
-			{Type: HealthNone},
-		}
-		for i, b := range got.Backends {
-			if diff := cmp.Diff(want[i], b.Health); diff != "" {
-				t.Errorf("backend %s (-want +got):\n%s", b.Name, diff)
-			}
-		}
-	})
-	t.Run("an http check asks for /", func(t *testing.T) {
-		got := mustParse(t, service("health: {type: http, interval: 500ms}")).Services[0].Health
-		want := Health{Type: HealthHTTP, Path: "/", Interval: 500 * time.Millisecond, Timeout: 500 * time.Millisecond, Rise: 2, Fall: 3}
-		if got != want {
-			t.Errorf("health %+v, want %+v", got, want)
-		}
-	})
 	t.Run("a host's name that can't be had is an error", func(t *testing.T) {
-		fail := func() (string, error) { return "", fs.ErrPermission }
+		fail := testHost
+		fail.name = func() (string, error) { return "", fs.ErrPermission }
 		if _, err := parse("edge.yaml", []byte("services: []"), fail); err == nil ||
 			!strings.Contains(err.Error(), "edge.yaml:1: node: the host's name can't be read") {
 			t.Errorf("error %v", err)

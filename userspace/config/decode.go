@@ -19,7 +19,7 @@ type node = ast.Node
 
 const (
 	maxNesting = 32      // of brackets, and of dashes in one line; the deepest field of ours stands 5 deep
-	maxNodes   = 2 << 20 // keys and values read, aliases followed: 65535 backends with every field given take 1.6 million
+	maxNodes   = 2 << 20 // keys and values read, aliases followed: 65535 backends with nine fields of health take 2.0 million
 	maxMerges  = 8       // merges inside merges
 )
 
@@ -488,6 +488,11 @@ func (r *rawService) read(d *decoder, n node, at place) {
 
 func (r *rawHealth) read(d *decoder, n node, at place) {
 	r.place, r.state = at, d.mapping(n, at, r.fields())
+}
+
+func (r *rawOverride) read(d *decoder, n node, at place) {
+	r.rawHealth = new(rawHealth)
+	r.rawHealth.read(d, n, at)
 }
 
 func (r *rawBackend) read(d *decoder, n node, at place) {

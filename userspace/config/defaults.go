@@ -23,21 +23,45 @@ const (
 	defaultAffinity      = AffinityConnection
 	defaultRingSize      = 65537
 	defaultOnBackendDown = DownReset
+	defaultAllDown       = AllDownOpen
+	defaultPanic         = 0
+	defaultResetRate     = 20000
+	defaultSlowStart     = 0
 	defaultBalance       = BalanceHash
 	defaultProxyProtocol = ProxyNone
 	defaultAnnounce      = AnnounceAuto
 	defaultWeight        = 1
-
-	defaultHealthType = HealthNone // of a service without health; where health is given, its type must be
-	defaultHealthPath = "/"
 )
 
 var (
 	defaultHTTP = netip.MustParseAddrPort("127.0.0.1:9870")
 
-	// defaultChecks is what holds for a health of any type but none. The timeout gives way to a shorter interval.
-	defaultChecks = Health{Interval: 2 * time.Second, Timeout: time.Second, Rise: 2, Fall: 3}
+	// defaultHealth is what holds of every field that the type takes, but for what follows from others:
+	// [Health.complete] knows that. A service without health has its type; where health is given, its type must be.
+	defaultHealth = Health{
+		Type:       HealthNone,
+		Path:       "/",
+		Verify:     true,
+		Status:     []StatusRange{{200, 399}},
+		Via:        ViaBackend,
+		Interval:   2 * time.Second,
+		Jitter:     10,
+		Rise:       2,
+		Fall:       3,
+		Initial:    InitialDown,
+		Flaps:      3,
+		FlapWindow: time.Minute,
+		HoldDown:   30 * time.Second,
+	}
 )
+
+// defaultTimeout gives way to a short interval.
+func defaultTimeout(interval time.Duration) time.Duration { return min(time.Second, interval) }
+
+// defaultFastInterval settles a doubt four times as fast as the steady checks would.
+func defaultFastInterval(interval time.Duration) time.Duration {
+	return min(max(interval/4, minHealthInterval), interval)
+}
 
 // defaultHalfOpen is an eighth of the connections: half-open entries live 75 s, established ones hours. The floor keeps
 // room for an ordinary flood beside a small table.
@@ -77,6 +101,20 @@ const (
 	minHealthInterval = 100 * time.Millisecond
 	maxHealthInterval = time.Hour
 	minHealthTimeout  = 10 * time.Millisecond
+	maxJitter         = 50 // percent
 	maxRiseFall       = 1000
-	maxHealthPath     = 1024 // bytes
+	maxFlaps          = 1000
+	minFlapWindow     = time.Second
+	maxFlapWindow     = 24 * time.Hour
+	maxHoldDown       = 24 * time.Hour
+	maxSlowStart      = time.Hour
+	maxResetRate      = 1000000
+	maxHealthPath     = 1024     // bytes
+	maxHostName       = 253      // bytes: RFC 1035, section 2.3.4, in text
+	maxHeaderName     = 128      // bytes
+	maxExpression     = 1024     // bytes
+	maxCommand        = 32 << 10 // bytes of a command with its arguments
+	maxAuthorities    = 16 << 20 // bytes of a file of certificates
+	minStatus         = 100      // RFC 9110, section 15
+	maxStatus         = 599
 )

@@ -53,7 +53,7 @@ func TestLoadLists(t *testing.T) {
 		s := &want[i]
 		s.Affinity, s.RingSize, s.OnBackendDown = AffinityConnection, 65537, DownReset
 		s.Health, s.Balance = Health{Type: HealthNone}, Balance{Mode: BalanceHash}
-		s.ProxyProtocol, s.Announce = ProxyNone, AnnounceAuto
+		s.ProxyProtocol, s.Announce, s.AllDown, s.ResetRate = ProxyNone, AnnounceAuto, AllDownOpen, 20000
 	}
 	if diff := cmp.Diff(want, cfg.Services, asValue); diff != "" {
 		t.Errorf("lists.yaml (-want +got):\n%s", diff)
@@ -435,7 +435,7 @@ func agree(t *testing.T, data []byte) bool {
 		fmt.Fprintf(&text, "- {name: %s, addresses: [%s], ports: [%s], protocol: %s, method: gue, backends: [{name: b, address: 10.0.0.1}]}\n",
 			name, strings.Join(list, ", "), strings.Join(spelled, ", "), protocol)
 	}
-	cfg, err := parse("edge.yaml", []byte(text.String()), testHostname)
+	cfg, err := parse("edge.yaml", []byte(text.String()), testHost)
 	if (err == nil) != right {
 		t.Errorf("error %v, want one: %v, of\n%s", err, !right, &text)
 	}

@@ -5,7 +5,10 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"reflect"
+	"slices"
 	"testing"
+	"time"
 
 	"github.com/goccy/go-yaml"
 	"github.com/google/go-cmp/cmp"
@@ -15,14 +18,17 @@ import (
 // that keeps the rules the data plane relies on, and that is the same when every value of it is written out and read
 // again.
 func FuzzParse(f *testing.F) {
-	for _, name := range []string{"example.yaml", "lists.yaml"} {
+	for _, name := range []string{"example.yaml", "lists.yaml", "health.yaml"} {
 		file, err := os.ReadFile("testdata/" + name)
 		if err != nil {
 			f.Fatal(err)
 		}
 		f.Add(file)
 	}
-	for _, seed := range []string{"", "services: []", service(""), service("health: {type: http}"), service("source_ports: 1-2"),
+	for _, seed := range []string{"", "services: []", service(""), service("health: {type: http}"),
+		service("health: {type: wss, host: '[::1]:80', ca: /ca.pem, jitter: 5%, status: 200}"), service("health: {type: https, status: [200, 201-299], body: '(a', sni: a.b}"),
+		with("health: {type: exec, command: /usr/lib/fairlead/check}", "{name: b, address: 10.0.0.1, disabled: true, health: {type: tcp, hold_down: 0s, fast_interval: 1s}}"),
+		service("source_ports: 1-2"),
 		with("method: gue", "{name: b, address: fe80::1%eth0, health: {type: tcp}}"), "a: &a [*a]", "control: &a\n  <<: *a\n",
 		"dataplane: &a {mode: xdp}\ncontrol: {<<: [*a, *a]}\n", "? node\n: a\n", "node: !!str a\n", "- - -", "services:\n-\n-",
 		"services: [&s {name: a, address: 10.0.0.1, port: 1, backends: [{name: b, address: 10.0.0.2}]}, {<<: *s, name: b, port: 2}]",
@@ -32,7 +38,7 @@ func FuzzParse(f *testing.F) {
 		f.Add([]byte(seed))
 	}
 	f.Fuzz(func(t *testing.T, data []byte) {
-		cfg, err := parse("fuzz.yaml", data, testHostname)
+		cfg, err := parse("fuzz.yaml", data, testHost)
 		if err != nil {
 			var all Errors
 			if !errors.As(err, &all) || len(all) == 0 {
@@ -51,7 +57,7 @@ func FuzzParse(f *testing.F) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		again, err := parse("again.yaml", text, testHostname)
+		again, err := parse("again.yaml", text, testHost)
 		if err != nil {
 			t.Fatalf("accepted:\n%q\nbut refused when written out:\n%s\n%v", data, text, err)
 		}
@@ -59,6 +65,34 @@ func FuzzParse(f *testing.F) {
 			t.Errorf("read again (-first +again):\n%s", cmp.Diff(cfg, again, asValue))
 		}
 	})
+}
+
+// keepsHealthRules holds for how b of s is checked.
+func keepsHealthRules(t *testing.T, s Service, b Backend) {
+	t.Helper()
+	h := s.HealthOf(b)
+	takes := func(types ...HealthType) bool { return slices.Contains(types, h.Type) }
+	switch {
+	case !slices.Contains(healthTypes, h.Type):
+	case h.NeedsChecks() != (h.Type != HealthNone):
+	case h.Type == HealthNone && !h.Equal(Health{Type: HealthNone}):
+	case h.Type == HealthNone:
+		return
+	case h.Interval < 100*time.Millisecond || h.Timeout <= 0 || h.Timeout > h.Interval || h.Rise == 0 || h.Fall == 0 || h.Jitter > 50:
+	case h.FastInterval < 100*time.Millisecond || h.FastInterval > h.Interval || h.Initial != InitialUp && h.Initial != InitialDown:
+	case (h.Flaps == 0) != (h.HoldDown == 0) || (h.FlapWindow == 0) != (h.HoldDown == 0):
+	case h.Port == 0 && h.Type != HealthExec:
+	case (h.Path != "") != takes(HealthHTTP, HealthHTTPS, HealthWebSocket, HealthWSS):
+	case (h.Host != "" || h.StateHeader != "") && h.Path == "":
+	case (len(h.Status) > 0) != takes(HealthHTTP, HealthHTTPS) || (h.Body != nil || h.DrainStatus != nil) && h.Status == nil:
+	case (h.SNI != "" || h.Verify) && !takes(HealthHTTPS, HealthWSS):
+	case (h.CA != "") != (h.Roots != nil) || h.CA != "" && !h.Verify:
+	case (len(h.Command) > 0) != takes(HealthExec):
+	case h.Via == ViaService && (s.Method.rewritesPort() || h.Type == HealthExec) || h.Via == "":
+	default:
+		return
+	}
+	t.Errorf("backend %s of service %+v is checked by %+v", b.Name, s, h)
 }
 
 func keepsRules(t *testing.T, cfg *Config) {
@@ -143,6 +177,7 @@ func keepsRules(t *testing.T, cfg *Config) {
 			case s.Method.keepsPort():
 				want = s.Port
 			}
+			keepsHealthRules(t, s, b)
 			if b.Name == "" || b.Port != want || b.Port == 0 && !s.Method.keepsPort() ||
 				s.Method.keepsFamily() && b.Address.Is4() != s.Address.Is4() {
 				t.Errorf("backend %+v of service %+v", b, s)
@@ -163,21 +198,54 @@ func written(cfg *Config) map[string]any {
 		}
 		return texts
 	}
+	statuses := func(list []StatusRange) []string {
+		texts := []string{}
+		for _, r := range list {
+			texts = append(texts, r.String())
+		}
+		return texts
+	}
 	health := func(h Health) map[string]any {
 		m := map[string]any{"type": h.Type.String()}
-		if h.Type != HealthNone {
-			m["interval"], m["timeout"], m["rise"], m["fall"] = h.Interval.String(), h.Timeout.String(), h.Rise, h.Fall
+		unlessZero := func(name string, value any) {
+			if !reflect.ValueOf(value).IsZero() {
+				m[name] = value
+			}
 		}
-		if h.Type.hasPath() {
-			m["path"] = h.Path
+		if !h.NeedsChecks() {
+			return m
 		}
+		m["interval"], m["timeout"], m["rise"], m["fall"] = h.Interval.String(), h.Timeout.String(), h.Rise, h.Fall
+		m["fast_interval"], m["jitter"], m["initial"], m["hold_down"] = h.FastInterval.String(), h.Jitter, h.Initial, h.HoldDown.String()
+		if h.HoldDown != 0 {
+			m["flaps"], m["flap_window"] = h.Flaps, h.FlapWindow.String()
+		}
+		if h.Type != HealthExec {
+			m["via"] = h.Via
+		}
+		if h.Type == HealthHTTPS || h.Type == HealthWSS {
+			m["verify"] = h.Verify
+		}
+		if h.Status != nil {
+			m["status"], m["drain_status"] = statuses(h.Status), statuses(h.DrainStatus)
+		}
+		if h.Body != nil {
+			m["body"] = h.Body.String()
+		}
+		unlessZero("path", h.Path)
+		unlessZero("port", h.Port)
+		unlessZero("host", h.Host)
+		unlessZero("sni", h.SNI)
+		unlessZero("ca", h.CA)
+		unlessZero("command", h.Command)
+		unlessZero("state_header", h.StateHeader)
 		return m
 	}
 	services := []any{}
 	for _, s := range cfg.Services {
 		backends := []any{}
 		for _, b := range s.Backends {
-			m := map[string]any{"name": b.Name, "address": b.Address.String(), "weight": b.Weight}
+			m := map[string]any{"name": b.Name, "address": b.Address.String(), "weight": b.Weight, "disabled": b.Disabled}
 			if b.Port != 0 {
 				m["port"] = b.Port
 			}
@@ -195,7 +263,7 @@ func written(cfg *Config) map[string]any {
 		}
 		m := map[string]any{"name": s.Name, "addresses": addresses(s.Addresses), "ports": ports, "protocol": s.Protocol,
 			"method": s.Method, "affinity": s.Affinity, "ring_size": s.RingSize, "idle_timeout": s.IdleTimeout.String(),
-			"on_backend_down": s.OnBackendDown, "source_addresses": addresses(s.SourceAddresses), "tunnel_source": tunnels,
+			"on_backend_down": s.OnBackendDown, "all_down": s.AllDown, "panic": s.Panic, "reset_rate": s.ResetRate, "slow_start": s.SlowStart.String(), "source_addresses": addresses(s.SourceAddresses), "tunnel_source": tunnels,
 			"health": health(s.Health), "balance": map[string]any{"mode": s.Balance.Mode},
 			"proxy_protocol": s.ProxyProtocol, "announce": s.Announce, "backends": backends}
 		if !s.SourcePorts.IsZero() {

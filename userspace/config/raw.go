@@ -88,7 +88,8 @@ type rawService struct {
 	name, address, port, protocol, method     text
 	affinity, ringSize, idleTimeout           text
 	onBackendDown, sourcePorts, proxyProtocol text
-	announce                                  text
+	announce, allDown, panic, resetRate       text
+	slowStart                                 text
 	addresses, ports, sourceAddresses         texts
 	tunnelSource                              oneOrMore
 	health                                    rawHealth
@@ -100,6 +101,7 @@ func (r *rawService) fields() []field {
 	return []field{{"name", &r.name}, {"address", &r.address}, {"addresses", &r.addresses}, {"port", &r.port},
 		{"ports", &r.ports}, {"protocol", &r.protocol}, {"method", &r.method}, {"affinity", &r.affinity},
 		{"ring_size", &r.ringSize}, {"idle_timeout", &r.idleTimeout}, {"on_backend_down", &r.onBackendDown},
+		{"all_down", &r.allDown}, {"panic", &r.panic}, {"reset_rate", &r.resetRate}, {"slow_start", &r.slowStart},
 		{"source_addresses", &r.sourceAddresses}, {"source_ports", &r.sourcePorts},
 		{"tunnel_source", &r.tunnelSource}, {"health", &r.health}, {"balance", &r.balance},
 		{"proxy_protocol", &r.proxyProtocol}, {"announce", &r.announce}, {"backends", &r.backends}}
@@ -107,13 +109,50 @@ func (r *rawService) fields() []field {
 
 type rawHealth struct {
 	place
-	state                                     state
-	kind, path, interval, timeout, rise, fall text
+	state                                              state
+	kind, path, port, host, sni, ca, verify, body, via text
+	interval, fastInterval, timeout, jitter            text
+	rise, fall, initial, flaps, flapWindow, holdDown   text
+	stateHeader                                        text
+	status, drainStatus, command                       oneOrMore
 }
 
 func (r *rawHealth) fields() []field {
-	return []field{{"type", &r.kind}, {"path", &r.path}, {"interval", &r.interval}, {"timeout", &r.timeout},
-		{"rise", &r.rise}, {"fall", &r.fall}}
+	return []field{{"type", &r.kind}, {"path", &r.path}, {"port", &r.port}, {"host", &r.host}, {"sni", &r.sni},
+		{"ca", &r.ca}, {"verify", &r.verify}, {"status", &r.status}, {"body", &r.body}, {"command", &r.command},
+		{"via", &r.via}, {"interval", &r.interval}, {"fast_interval", &r.fastInterval}, {"timeout", &r.timeout},
+		{"jitter", &r.jitter}, {"rise", &r.rise}, {"fall", &r.fall}, {"initial", &r.initial}, {"flaps", &r.flaps},
+		{"flap_window", &r.flapWindow}, {"hold_down", &r.holdDown}, {"drain_status", &r.drainStatus},
+		{"state_header", &r.stateHeader}}
+}
+
+// rawOverride is a backend's health, which few of many have: nil where it is absent.
+type rawOverride struct{ *rawHealth }
+
+func (r *rawOverride) locate(place) {}
+
+// special is a field that not every type of check takes.
+type special struct {
+	at    place
+	state *state
+	types []HealthType // that take it
+}
+
+func (r *rawHealth) specials() []special {
+	return []special{
+		{r.path.place, &r.path.state, requesting},
+		{r.port.place, &r.port.state, checking},
+		{r.host.place, &r.host.state, requesting},
+		{r.sni.place, &r.sni.state, encrypting},
+		{r.ca.place, &r.ca.state, encrypting},
+		{r.verify.place, &r.verify.state, encrypting},
+		{r.status.place, &r.status.state, reading},
+		{r.body.place, &r.body.state, reading},
+		{r.command.place, &r.command.state, executing},
+		{r.via.place, &r.via.state, connecting},
+		{r.drainStatus.place, &r.drainStatus.state, reading},
+		{r.stateHeader.place, &r.stateHeader.state, requesting},
+	}
 }
 
 type rawBalance struct {
@@ -125,12 +164,12 @@ func (r *rawBalance) fields() []field { return []field{{"mode", &r.mode}} }
 
 type rawBackend struct {
 	place
-	state                       state
-	name, address, port, weight text
-	health                      rawHealth
+	state                                 state
+	name, address, port, weight, disabled text
+	health                                rawOverride
 }
 
 func (r *rawBackend) fields() []field {
 	return []field{{"name", &r.name}, {"address", &r.address}, {"port", &r.port}, {"weight", &r.weight},
-		{"health", &r.health}}
+		{"disabled", &r.disabled}, {"health", &r.health}}
 }

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"math"
 	"net/netip"
+	"net/textproto"
 	"path"
 	"strconv"
 	"strings"
@@ -312,6 +313,141 @@ func parseHealthPath(s string) (string, *complaint) {
 		return "", complain("write it percent-encoded", "%q holds what a request can't", s)
 	case len(s) > maxHealthPath:
 		return "", complain("take a shorter path", "a path of %d bytes is over the limit of %d", len(s), maxHealthPath)
+	}
+	return s, nil
+}
+
+// percent reads a whole number with or without its sign.
+func (c *checker) percent(t text, def, most uint32) uint32 {
+	if t.state == given && isDigits(strings.TrimSuffix(t.value, "%")) {
+		t.value = strings.TrimSuffix(t.value, "%")
+	}
+	return c.number(t, def, 0, most)
+}
+
+func (c *checker) boolean(t text, def bool) bool {
+	return scalar(c, t, def, func(s string) (bool, *complaint) {
+		if s != "true" && s != "false" {
+			return false, complain("take one of these", "%q is not one of true, false", s)
+		}
+		return s == "true", nil
+	})
+}
+
+// parseHost asks for what can stand in a request's Host field (RFC 9110, section 7.2).
+func parseHost(s string) (string, *complaint) {
+	const remedy = "write it as chat.example, 192.0.2.10 or [2001:db8::10], with or without :8080 after it"
+	name, port, found := s, "", false
+	if at := strings.LastIndexByte(s, ':'); at > strings.LastIndexByte(s, ']') {
+		name, port, found = s[:at], s[at+1:], true
+	}
+	if _, err := netip.ParseAddr(s); err == nil && strings.Contains(s, ":") {
+		return "", complain(fmt.Sprintf("write [%s]", s), "%q is an IPv6 address without brackets", s)
+	}
+	if found {
+		if _, bad := parsePortField(port); bad != nil {
+			return "", bad
+		}
+	}
+	if inside, bracketed := strings.CutPrefix(name, "["); bracketed {
+		inside, closed := strings.CutSuffix(inside, "]")
+		if a, err := netip.ParseAddr(inside); !closed || err != nil || !a.Is6() || a.Zone() != "" {
+			return "", complain(remedy, "%q is not a host with or without a port", s)
+		}
+		return s, nil
+	}
+	if a, err := netip.ParseAddr(name); err == nil && a.Is4() {
+		return s, nil
+	}
+	if !isHostName(name) {
+		return "", complain(remedy, "%q is not a host with or without a port", s)
+	}
+	return s, nil
+}
+
+// nameIn returns the name in a host that parseHost took, or "" for an address.
+func nameIn(host string) string {
+	name, _, _ := strings.Cut(host, ":")
+	if !isHostName(name) {
+		return ""
+	}
+	return name
+}
+
+// parseServerName asks for a name: an address can't be asked for (RFC 6066, section 3).
+func parseServerName(s string) (string, *complaint) {
+	if isHostName(s) {
+		return s, nil
+	}
+	if _, err := netip.ParseAddr(s); err == nil {
+		return "", complain("take it out: the address that is asked is verified without it",
+			"%q is an address, not a host's name", s)
+	}
+	return "", complain("write it as chat.example", "%q is not a host's name", s)
+}
+
+// isHostName follows RFC 1123, section 2.1, but allows the '_' that some hosts have. What ends in a number is an address
+// or nothing (WHATWG URL, section 3.5).
+func isHostName(s string) bool {
+	if len(s) > maxHostName {
+		return false
+	}
+	labels := strings.Split(s, ".")
+	for _, label := range labels {
+		plain := func(r rune) bool {
+			return 'a' <= r && r <= 'z' || 'A' <= r && r <= 'Z' || '0' <= r && r <= '9' || r == '-' || r == '_'
+		}
+		if label == "" || len(label) > maxName || label[0] == '-' || label[len(label)-1] == '-' ||
+			strings.ContainsFunc(label, func(r rune) bool { return !plain(r) }) {
+			return false
+		}
+	}
+	return !isDigits(labels[len(labels)-1])
+}
+
+// parseHeaderName asks for a token (RFC 9110, section 5.6.2), and returns it as net/http spells it.
+func parseHeaderName(s string) (string, *complaint) {
+	token := func(r rune) bool {
+		return 'a' <= r && r <= 'z' || 'A' <= r && r <= 'Z' || '0' <= r && r <= '9' || strings.ContainsRune("!#$%&'*+-.^_`|~", r)
+	}
+	const remedy = "write it as X-Fairlead-State"
+	switch {
+	case s == "":
+		return "", complain(remedy, "the name is empty")
+	case strings.ContainsFunc(s, func(r rune) bool { return !token(r) }):
+		return "", complain(remedy, "%q is not a header's name", s)
+	case len(s) > maxHeaderName:
+		return "", complain(fmt.Sprintf("take %d or fewer", maxHeaderName), "the name has %d bytes", len(s))
+	}
+	return textproto.CanonicalMIMEHeaderKey(s), nil
+}
+
+// parseStatus reads one status or a range.
+func parseStatus(s string) (StatusRange, *complaint) {
+	first, last, isRange := strings.Cut(s, "-")
+	if !isRange {
+		last = first
+	}
+	status := func(s string) (int, bool) {
+		n, err := strconv.Atoi(s)
+		return n, err == nil && isDigits(s) && len(s) == 3 && minStatus <= n && n <= maxStatus
+	}
+	a, okA := status(first)
+	b, okB := status(last)
+	switch {
+	case !okA || !okB:
+		return StatusRange{}, complain(fmt.Sprintf("take a number from %d to %d, or two, as in 200-399", minStatus, maxStatus),
+			"%q is not a status or a range of them", s)
+	case a > b:
+		return StatusRange{}, complain(fmt.Sprintf("write %d-%d", b, a), "%q ends before it begins", s)
+	}
+	return StatusRange{a, b}, nil
+}
+
+// parseArgument takes anything that exec can hand on.
+func parseArgument(s string) (string, *complaint) {
+	if strings.Contains(s, "\x00") {
+		return "", complain("take it out", "%q holds a NUL", s)
 	}
 	return s, nil
 }

@@ -21,15 +21,6 @@ func (c *Config) Unsupported() []error {
 		if s.Balance.Mode != BalanceHash {
 			lacksHere("balance.mode", "balance mode "+s.Balance.Mode.String(), "use hash")
 		}
-		if s.Health.Type != HealthNone {
-			lacksHere("health.type", "health type "+s.Health.Type.String(), "use none, or leave health out")
-		}
-		for j, b := range s.Backends {
-			if b.Health != nil && b.Health.Type != HealthNone {
-				lacksHere(fmt.Sprintf("backends[%d].health.type", j),
-					fmt.Sprintf("health type %s of backend %s", b.Health.Type, b.Name), "use none, or leave health out")
-			}
-		}
 	}
 	if len(errs) == 0 {
 		return nil

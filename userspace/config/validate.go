@@ -1,9 +1,9 @@
 package config
 
 import (
-	"cmp"
 	"fmt"
 	"net/netip"
+	"regexp"
 	"slices"
 	"strings"
 	"time"
@@ -12,12 +12,21 @@ import (
 // checker turns raw fields into checked ones. What is refused is told once and becomes the zero value, which for a
 // field that must hold something means unknown: what depends on it is then not judged.
 type checker struct {
-	source   source
-	errs     Errors
-	hostname func() (string, error)
+	source source
+	errs   Errors
+	host   host
 
 	addressPlaces [][]place // where each service's Addresses stand
 	tunnels       []tunnel  // all services'
+
+	// What was made of texts that many backends may share.
+	expressions map[string]*regexp.Regexp
+	authorities map[string]authority // by path
+}
+
+func newChecker(src source, errs Errors, h host) *checker {
+	return &checker{source: src, errs: errs, host: h, expressions: map[string]*regexp.Regexp{},
+		authorities: map[string]authority{}}
 }
 
 func (c *checker) refuse(at place, problem, remedy string) {
@@ -58,7 +67,7 @@ func (c *checker) node(raw text) string {
 	if raw.state != absent {
 		return scalar(c, raw, "", parseNode)
 	}
-	name, err := c.hostname()
+	name, err := c.host.name()
 	if err != nil {
 		c.refuse(raw.place, fmt.Sprintf("the host's name can't be read (%v)", err), "write node: and a name")
 		return ""
@@ -112,7 +121,10 @@ func (c *checker) service(raw *rawService, d *Dataplane) (Service, []place) {
 		Affinity:      choose(c, raw.affinity, defaultAffinity, affinities),
 		RingSize:      c.ringSize(raw.ringSize, len(raw.backends.items)),
 		OnBackendDown: choose(c, raw.onBackendDown, defaultOnBackendDown, downPolicies),
-		Health:        c.serviceHealth(&raw.health),
+		AllDown:       choose(c, raw.allDown, defaultAllDown, allDowns),
+		Panic:         c.percent(raw.panic, defaultPanic, 100),
+		ResetRate:     c.number(raw.resetRate, defaultResetRate, 1, maxResetRate),
+		SlowStart:     c.duration(raw.slowStart, defaultSlowStart, 0, maxSlowStart),
 		Balance:       Balance{Mode: choose(c, raw.balance.mode, defaultBalance, balanceModes)},
 		ProxyProtocol: choose(c, raw.proxyProtocol, defaultProxyProtocol, proxyProtocols),
 		Announce:      choose(c, raw.announce, defaultAnnounce, announces),
@@ -132,9 +144,11 @@ func (c *checker) service(raw *rawService, d *Dataplane) (Service, []place) {
 	if len(raw.backends.items) == 0 && raw.backends.state != broken {
 		c.refuse(raw.backends.place, "the service has no backend", "add a backend or remove the service")
 	}
+	checks := c.serviceHealth(&raw.health, &s)
 	for i := range raw.backends.items {
-		s.Backends = append(s.Backends, c.backend(&raw.backends.items[i], &s, several, d.Mode))
+		s.Backends = append(s.Backends, c.backend(&raw.backends.items[i], &s, several, checks, d.Mode))
 	}
+	c.serviceHealthPort(raw, &s, several, checks)
 	c.distinctBackends(raw.backends.items, &s)
 	return s, places
 }
@@ -239,50 +253,7 @@ func (c *checker) sources(raw *rawService, s *Service, mode Mode) {
 	}
 }
 
-func (c *checker) serviceHealth(raw *rawHealth) Health {
-	if raw.state != given {
-		return Health{Type: defaultHealthType}
-	}
-	if raw.kind.state == absent {
-		c.refuse(raw.kind.place, "is missing", "write type: and one of "+spell(healthTypes))
-	}
-	return c.health(raw, Health{})
-}
-
-// health reads raw over base, whose zero fields have the usual defaults.
-func (c *checker) health(raw *rawHealth, base Health) Health {
-	h := Health{
-		Type:     choose(c, raw.kind, base.Type, healthTypes),
-		Interval: c.duration(raw.interval, cmp.Or(base.Interval, defaultChecks.Interval), minHealthInterval, maxHealthInterval),
-		Rise:     c.number(raw.rise, cmp.Or(base.Rise, defaultChecks.Rise), 1, maxRiseFall),
-		Fall:     c.number(raw.fall, cmp.Or(base.Fall, defaultChecks.Fall), 1, maxRiseFall),
-		Path:     scalar(c, raw.path, "", parseHealthPath),
-	}
-	timeout := cmp.Or(base.Timeout, defaultChecks.Timeout)
-	if h.Interval != 0 {
-		timeout = min(timeout, h.Interval)
-	}
-	h.Timeout = c.duration(raw.timeout, timeout, minHealthTimeout, maxHealthInterval)
-	if h.Interval != 0 && h.Timeout > h.Interval {
-		c.refuse(raw.timeout.place, fmt.Sprintf("%v is longer than the interval of %v", h.Timeout, h.Interval),
-			fmt.Sprintf("take %v or less, or a longer interval", h.Interval))
-	}
-	switch {
-	case h.Type.hasPath():
-		if raw.path.state == absent {
-			h.Path = cmp.Or(base.Path, defaultHealthPath)
-		}
-	case h.Type != "" && h.Path != "":
-		c.refuse(raw.path.place, fmt.Sprintf("a check of type %s asks for no path", h.Type),
-			"take it out, or take type http, https or websocket")
-	}
-	if h.Type == HealthNone {
-		return Health{Type: HealthNone}
-	}
-	return h
-}
-
-func (c *checker) backend(raw *rawBackend, s *Service, several bool, mode Mode) Backend {
+func (c *checker) backend(raw *rawBackend, s *Service, several bool, checks stated, mode Mode) Backend {
 	if raw.state == empty {
 		c.refuse(raw.place, "the item is empty", "write a backend after the dash or take the dash out")
 	}
@@ -290,14 +261,14 @@ func (c *checker) backend(raw *rawBackend, s *Service, several bool, mode Mode) 
 		return Backend{}
 	}
 	b := Backend{
-		Name:    scalar(c, c.required(raw.name), "", parseName),
-		Address: c.address(c.required(raw.address), mode),
-		Port:    c.backendPort(raw.port, s, several),
-		Weight:  c.number(raw.weight, defaultWeight, 0, maxWeight),
+		Name:     scalar(c, c.required(raw.name), "", parseName),
+		Address:  c.address(c.required(raw.address), mode),
+		Port:     c.backendPort(raw.port, s, several),
+		Weight:   c.number(raw.weight, defaultWeight, 0, maxWeight),
+		Disabled: c.boolean(raw.disabled, false),
 	}
-	if raw.health.state == given {
-		h := c.health(&raw.health, s.Health)
-		b.Health = &h
+	if health := raw.health.rawHealth; health != nil && health.state == given {
+		b.Health = c.backendHealth(health, s, several, checks)
 	}
 	if s.Method.keepsFamily() && b.Address.IsValid() && s.Address.IsValid() && b.Address.Is4() != s.Address.Is4() {
 		c.refuse(raw.address.place, fmt.Sprintf("%v is %s, but clients come by %s, and %s can't cross", b.Address,

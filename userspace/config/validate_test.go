@@ -57,7 +57,7 @@ func services(n, each int) string {
 
 // refused returns the first line of every error of text, without the file's name.
 func refused(text string) []string {
-	_, err := parse("edge.yaml", []byte(text), testHostname)
+	_, err := parse("edge.yaml", []byte(text), testHost)
 	var all Errors
 	errors.As(err, &all)
 	lines := []string{}
@@ -191,8 +191,8 @@ func TestRefusals(t *testing.T) {
 		{"idle without unit", service("idle_timeout: 90"), "6: services[0].idle_timeout: \"90\" has no unit: write its unit, as in 90s"},
 		{"idle negative", service("idle_timeout: -1h"), "6: services[0].idle_timeout: -1h0m0s is too short"},
 		{"health without type", service("health: {interval: 1s}"), "6: services[0].health.type: is missing: write type: and one of tcp, http"},
-		{"health type", service("health: {type: icmp}"), "6: services[0].health.type: \"icmp\" is not one of tcp, http, https, websocket, none"},
-		{"health path for tcp", service("health: {type: tcp, path: /}"), "6: services[0].health.path: a check of type tcp asks for no path"},
+		{"health type", service("health: {type: icmp}"), "6: services[0].health.type: \"icmp\" is not one of tcp, http, https, websocket, wss, exec, none"},
+		{"health path for tcp", service("health: {type: tcp, path: /}"), "6: services[0].health.path: a check of type tcp takes no path"},
 		{"health path relative", service("health: {type: http, path: a}"), "6: services[0].health.path: \"a\" is not a path"},
 		{"health path with a space", service("health: {type: http, path: /a b}"), "6: services[0].health.path: \"/a b\" holds what a request can't"},
 		{"health interval", service("health: {type: tcp, interval: 1ms}"), "6: services[0].health.interval: 1ms is too short"},
@@ -200,7 +200,7 @@ func TestRefusals(t *testing.T) {
 		{"health path long", service("health: {type: http, path: /" + strings.Repeat("a", 1024) + "}"), "6: services[0].health.path: a path of 1025 bytes is over"},
 		{"health rise", service("health: {type: tcp, rise: 0}"), "6: services[0].health.rise: 0 is too small"},
 		{"health fall", service("health: {type: tcp, fall: 1001}"), "6: services[0].health.fall: 1001 is too large"},
-		{"backend's health", with("", "{name: ws2, address: 10.0.0.12, health: {path: /a}}"), "9: services[0].backends[1].health.path: a check of type none asks for no path"},
+		{"backend's health", with("", "{name: ws2, address: 10.0.0.12, health: {path: /a}}"), "9: services[0].backends[1].health.path: a check of type none takes no path"},
 		{"balance", service("balance: {mode: least}"), "6: services[0].balance.mode: \"least\" is not one of hash, load"},
 		{"balance as a word", service("balance: load"), "6: services[0].balance: is a single value where fields belong: write mode:"},
 		{"proxy_protocol", service("proxy_protocol: v3"), "6: services[0].proxy_protocol: \"v3\" is not one of none, v1, v2"},
@@ -248,7 +248,7 @@ func TestRefusals(t *testing.T) {
 	}
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
-			_, err := parse("edge.yaml", []byte(test.text), testHostname)
+			_, err := parse("edge.yaml", []byte(test.text), testHost)
 			if err == nil {
 				t.Fatalf("accepted:\n%.400s", test.text)
 			}
@@ -284,7 +284,7 @@ services:
   - {name: a, address: 10.0.0.1, weight: 1, weight: 2}
 - name: chat
   port: 80
-`), testHostname)
+`), testHost)
 	var all Errors
 	if !errors.As(err, &all) {
 		t.Fatalf("error %v", err)
@@ -329,7 +329,7 @@ func TestLinesStayRight(t *testing.T) {
 		"document mark":      "---\n\n",
 	} {
 		lines := strings.Count(strings.NewReplacer("\r\n", "\n", "\r", "\n").Replace(before), "\n")
-		_, err := parse("edge.yaml", []byte(before+"dataplane:\n  mode: no\n"), testHostname)
+		_, err := parse("edge.yaml", []byte(before+"dataplane:\n  mode: no\n"), testHost)
 		var all Errors
 		if !errors.As(err, &all) {
 			t.Errorf("%s: error %v", name, err)
@@ -371,7 +371,7 @@ func TestAccepted(t *testing.T) {
 			"- {name: c, address: 192.0.2.10, port: 3, protocol: udp, method: ipip, backends: [{name: b, address: 10.0.0.20}]}\n" +
 			"- {name: d, address: 192.0.2.10, port: 4, protocol: udp, method: gue, backends: [{name: b, address: 10.0.0.20}]}\n",
 	} {
-		if _, err := parse("edge.yaml", []byte(text), testHostname); err != nil {
+		if _, err := parse("edge.yaml", []byte(text), testHost); err != nil {
 			t.Errorf("%s: %.2000v", name, err)
 		}
 	}
@@ -390,7 +390,7 @@ services:
   balance:
     mode: load
   proxy_protocol: v2
-  health: {type: http}
+  health: {type: http, port: 80}
   backends:
   - {name: a, address: 10.0.0.1}
   - name: b
@@ -412,8 +412,6 @@ services:
 		"edge.yaml:3: dataplane.mode: mode userspace is not built yet in this version: use auto or xdp",
 		"edge.yaml:11: services[0].balance.mode: service chat: balance mode load is not built yet in this version: use hash",
 		"edge.yaml:12: services[0].proxy_protocol: service chat: proxy_protocol v2 is not built yet in this version: use none",
-		"edge.yaml:13: services[0].health.type: service chat: health type http is not built yet in this version: use none, or leave health out",
-		"edge.yaml:19: services[0].backends[1].health.type: service chat: health type http of backend b is not built yet in this version: use none, or leave health out",
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("unsupported (-want +got):\n%s", diff)
