@@ -13,6 +13,7 @@ type call struct {
 	flags []string
 	words []string // the arguments
 	help  bool
+	lacks bool // the last flag lacks its value
 }
 
 // arrange takes a command line apart. Which words are values of flags is known from the flags of all commands; a flag of
@@ -45,7 +46,7 @@ func arrange(commands []*cli.Command, args []string) call {
 				continue
 			}
 			k.flags = append(k.flags, arg)
-			if valued[name] && i+1 < len(args) {
+			if k.lacks = valued[name] && i+1 == len(args); valued[name] && !k.lacks {
 				i++
 				k.flags = append(k.flags, args[i])
 			}
@@ -128,7 +129,8 @@ func (k *call) args(program string) []string {
 		return append(args, "--help")
 	}
 	args = append(args, k.flags...)
-	if len(k.words) > 0 {
+	// Nothing may come after a flag that lacks its value: it would be taken for it.
+	if len(k.words) > 0 && !k.lacks {
 		args = append(append(args, "--"), k.words...)
 	}
 	return args

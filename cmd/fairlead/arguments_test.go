@@ -34,6 +34,10 @@ func TestArrange(t *testing.T) {
 		"--version":                                "fairlead version",
 		"run --log-level debug":                    "fairlead run --log-level debug",
 		"connections list --client":                "fairlead connections list --client",
+		"connections get 1.2.3.4:5 -o":             "fairlead connections get -o",
+		"backends drain ws1 --rate 500/s --wait":   "fairlead backends drain --rate 500/s --wait -- ws1",
+		"backends --wait drain drain -c x":         "fairlead backends drain --wait -c x -- drain",
+		"flows close 1.2.3.4:5->chat":              "fairlead connections close -- 1.2.3.4:5->chat",
 		"connections count --idle=5m --state idle": "fairlead connections count --idle=5m --state idle",
 	} {
 		app := newApp(new(bytes.Buffer), new(bytes.Buffer), func(string) string { return "" })
@@ -96,6 +100,11 @@ func TestExitCodesAndMessages(t *testing.T) {
 		{"status extra", exitUsage, "", `status: one argument too many: "extra"`},
 		{"status -o yaml", exitUsage, "", `-o "yaml": one of table, wide, json, jsonl`},
 		{"status -o", exitUsage, "", "flag needs an argument: -o"},
+		{"explain 198.51.100.7:1 chat -o", exitUsage, "", "flag needs an argument: -o"},
+		{"backends list", exitNothing, "", "nothing is attached"},
+		{"completion bash", exitDone, "'backends drain') offer='--rate --deadline --wait --socket --config' ;;", ""},
+		{"completion bash", exitDone, "'connections close') offer='--socket --config' ;;", ""},
+		{"completion fish", exitDone, "-a resume -d ", ""},
 		{"explain", exitUsage, "", "usage: fairlead explain CLIENT:PORT SERVICE [flags]"},
 		{"explain 198.51.100.7:1", exitUsage, "", "to which SERVICE?"},
 		{"explain nonsense chat", exitUsage, "", `"nonsense" is not ADDRESS:PORT`},
@@ -132,7 +141,7 @@ func TestExitCodesAndMessages(t *testing.T) {
 		{"unload", exitNothing, "", "nothing is attached"},
 
 		{"version", exitDone, "fairlead development", ""},
-		{"version -o json", exitDone, `"schema": 2`, ""},
+		{"version -o json", exitDone, `"schema": 3`, ""},
 		{"completion bash", exitDone, "complete -F _fairlead fairlead", ""},
 		{"completion zsh", exitDone, "bashcompinit", ""},
 		{"completion fish", exitDone, "complete -c fairlead", ""},

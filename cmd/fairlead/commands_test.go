@@ -12,6 +12,7 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -45,6 +46,7 @@ type edge struct {
 	t       *testing.T
 	loader  *loader.Loader
 	manager *maps.Manager
+	stop    func() error // closes manager
 	inv     *maps.Inventory
 }
 
@@ -90,7 +92,8 @@ func newEdge(t *testing.T) *edge {
 		Tend: programs.Tend, Fill: programs.Fill, Epoch: time.Second, Logger: slog.New(slog.DiscardHandler),
 	})
 	must(t, err)
-	t.Cleanup(func() { e.manager.Close() })
+	e.stop = sync.OnceValue(e.manager.Close) // memory is given back once
+	t.Cleanup(func() { e.stop() })
 	e.apply(edgeServices())
 	return e
 }
@@ -565,12 +568,12 @@ FIRST-PORT  LAST-PORT  MAY-BE
 
 	part("unload", func() {
 		e.refused("unload", exitFailed, "another fairlead (pid")
-		must(t, e.manager.Close())
+		must(t, e.stop())
 		must(t, e.loader.Close())
 		if text := e.want("status"); !strings.Contains(text, "daemon not running: forwarding goes on without it") {
 			t.Errorf("without a daemon:\n%s", text)
 		}
-		if text := e.want("unload"); !strings.Contains(text, "removed "+testPins+"/check/v2/link_flcli\n") {
+		if text := e.want("unload"); !strings.Contains(text, "removed "+testPins+"/check/v3/link_flcli\n") {
 			t.Errorf("unload:\n%s", text)
 		}
 		e.refused("unload", exitNothing, "nothing is attached")

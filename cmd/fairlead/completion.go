@@ -57,7 +57,7 @@ func commandNames(commands []*cli.Command) (names []string) {
 	return names
 }
 
-// bashCompletion offers commands, then their flags; files after -c.
+// bashCompletion offers commands, then their flags; files after -c and --socket.
 func bashCompletion(app *cli.App) string {
 	var cases strings.Builder
 	var walk func(commands []*cli.Command, before string)
@@ -75,7 +75,7 @@ func bashCompletion(app *cli.App) string {
 	return `_fairlead() {
 	local word=${COMP_WORDS[COMP_CWORD]} before=${COMP_WORDS[COMP_CWORD-1]} place= w offer
 	case $before in
-	-c|--config) COMPREPLY=($(compgen -f -- "$word")); return ;;
+	-c|--config|--socket) COMPREPLY=($(compgen -f -- "$word")); return ;;
 	-o|--output) COMPREPLY=($(compgen -W '` + strings.Join(formats, " ") + `' -- "$word")); return ;;
 	esac
 	for w in "${COMP_WORDS[@]:1:COMP_CWORD-1}"; do

@@ -17,7 +17,7 @@ import (
 
 const stateHalfOpen = "half-open"
 
-var states = []string{"young", "established", "half-closed", "closing", "idle", stateHalfOpen}
+var states = []string{"young", "established", "half-closed", "closing", "idle", "condemned", stateHalfOpen}
 
 func connectionsCommand() *cli.Command {
 	filters := func() []cli.Flag {
@@ -35,7 +35,7 @@ func connectionsCommand() *cli.Command {
 	return &cli.Command{
 		Name:    "connections",
 		Aliases: []string{"flows"},
-		Usage:   "list, count and look up connections",
+		Usage:   "list, count, look up and close connections",
 		Subcommands: []*cli.Command{
 			{
 				Name: "list", Usage: "list connections", Flags: filters(),
@@ -64,6 +64,7 @@ func connectionsCommand() *cli.Command {
 				Flags:       []cli.Flag{outputFlag(), pinPathFlag()},
 				Action:      getConnections,
 			},
+			closeCommand(),
 		},
 	}
 }
@@ -89,6 +90,9 @@ type connectionItem struct {
 	Fresh           bool            `json:"fresh"`
 	SequenceEnd     *uint32         `json:"sequence_end"`
 	Acknowledgement *uint32         `json:"acknowledgement"`
+	Timestamp       *uint32         `json:"timestamp,omitempty"` // of the client's last packet (RFC 7323), where it has one
+	TimestampEcho   *uint32         `json:"timestamp_echo,omitempty"`
+	Told            []string        `json:"told,omitempty"` // condemned: who has got RST
 	ClientMAC       string          `json:"client_mac"`
 	Generation      uint32          `json:"generation"`
 
@@ -261,6 +265,10 @@ func (v *view) item(e *entry, now uint32, ring bool) (connectionItem, error) {
 		idle := seconds(item.idle)
 		item.Idle, item.SequenceEnd, item.Acknowledgement = &idle, &e.SequenceEnd, &e.Acknowledgement
 		item.ClientMAC = net.HardwareAddr(e.Hop.MAC[:]).String()
+		if e.Timestamp != 0 || e.TimestampEcho != 0 {
+			item.Timestamp, item.TimestampEcho = &e.Timestamp, &e.TimestampEcho
+		}
+		item.Told = told(e.Connection.State)
 	}
 	if e.SourcePort != 0 {
 		for _, src := range v.inv.Sources {
@@ -288,6 +296,17 @@ func (v *view) item(e *entry, now uint32, ring bool) (connectionItem, error) {
 		item.SlotBackend, item.Settled = v.backendName(slots[item.Slot].Backend), slots[item.Slot].Settled
 	}
 	return item, nil
+}
+
+// told are the ends of a condemned connection that have got RST.
+func told(s maps.State) (ends []string) {
+	if s&maps.StateBackendTold != 0 {
+		ends = append(ends, "backend")
+	}
+	if s&maps.StateClientTold != 0 {
+		ends = append(ends, "client")
+	}
+	return ends
 }
 
 func yes(b bool) string {
@@ -506,9 +525,13 @@ func (i *connectionItem) print(c *cli.Context) error {
 	if i.BackendAddress != nil {
 		backend += fmt.Sprintf(" (%v, by %s)", *i.BackendAddress, i.Method)
 	}
+	state := i.State
+	if len(i.Told) > 0 {
+		state += " (told: " + strings.Join(i.Told, ", ") + ")"
+	}
 	t.rows = [][]string{
 		{"client", i.Client.String()}, {"service", fmt.Sprintf("%s (%v)", i.Service, i.ServiceAddress)},
-		{"backend", backend}, {"state", i.State}, {"age", span(i.age)}, {"idle", i.idleText()}, {"plane", i.Plane},
+		{"backend", backend}, {"state", state}, {"age", span(i.age)}, {"idle", i.idleText()}, {"plane", i.Plane},
 	}
 	if i.Source != nil {
 		t.rows = append(t.rows, []string{"source", i.Source.String()})
@@ -518,6 +541,9 @@ func (i *connectionItem) print(c *cli.Context) error {
 	if i.SequenceEnd != nil {
 		t.rows = append(t.rows, []string{"sequence", orDash(i.SequenceEnd)}, []string{"ack", orDash(i.Acknowledgement)},
 			[]string{"client-mac", i.ClientMAC})
+	}
+	if i.Timestamp != nil {
+		t.rows = append(t.rows, []string{"timestamp", orDash(i.Timestamp)}, []string{"echo", orDash(i.TimestampEcho)})
 	}
 	t.rows = append(t.rows, []string{"generation", fmt.Sprint(i.Generation)})
 	return t.flush()

@@ -4,12 +4,9 @@ import (
 	"cmp"
 	"fmt"
 	"io"
-	"os"
 	"strings"
 	"time"
 	"unicode/utf8"
-
-	"golang.org/x/sys/unix"
 )
 
 // barWidth is the length of the longest bar of a group, in characters.
@@ -24,12 +21,7 @@ type teller struct {
 
 // newTeller tells in plain text where the output is no terminal.
 func newTeller(out io.Writer) *teller {
-	plain := true
-	if file, ok := out.(*os.File); ok {
-		_, err := unix.IoctlGetTermios(int(file.Fd()), unix.TCGETS)
-		plain = err != nil || os.Getenv("TERM") == "dumb"
-	}
-	return &teller{out: out, plain: plain, began: time.Now()}
+	return &teller{out: out, plain: !isTerminal(out), began: time.Now()}
 }
 
 // ascii writes in plain text what the story is told with.

@@ -151,6 +151,11 @@ func (e *explanation) reason(x *maps.Explanation) {
 	case x.SlotNow.Backend == maps.NoBackend && !inTable:
 		e.say("The service has no backend that takes new connections: whatever comes is answered RST.")
 		return
+	case x.Entry != nil && x.Entry.State&maps.StateCondemned != 0:
+		e.say("It was closed by command, or its client was told that its backend is down: whoever sends on it is answered RST.")
+	case x.Rule == maps.RulePolicy && inTable && b.Tried:
+		e.say("Its backend was down after it began. New connections are tried on it, as all are down; this one is dealt with "+
+			"by on_backend_down: %s.", x.Service.OnBackendDown)
 	case x.Rule == maps.RulePolicy && inTable:
 		e.say("Its backend is down: by on_backend_down: %s, %s.", x.Service.OnBackendDown, map[maps.DownPolicy]string{
 			maps.DownReset:  "packets in mid-connection are answered RST",
@@ -162,6 +167,12 @@ func (e *explanation) reason(x *maps.Explanation) {
 	}
 	if !inTable {
 		e.reasonUnknown(x)
+		if b.Name != "" && !b.Up && b.Tried {
+			e.say("All backends of the service are down by their checks: new connections are tried on them all the same.")
+		}
+	}
+	if standing := x.Service.Standing; standing&maps.StandingPanic != 0 {
+		e.say("Too few backends of the service are up: their checks' verdict is off.")
 	}
 	if b.Name != "" && !b.NextHop.Known {
 		e.say("The backend has no next hop (%s): packets to it are dropped until it has one.",

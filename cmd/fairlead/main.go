@@ -15,6 +15,7 @@ import (
 
 	"fairlead/loader"
 	"fairlead/test/lab"
+	"fairlead/userspace/control"
 )
 
 // What a command's end says to the shell.
@@ -60,7 +61,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer, env func(
 		return coded.ExitCode()
 	}
 	fmt.Fprintf(stderr, "fairlead: %s\n", err)
-	if errors.Is(err, loader.ErrNothing) {
+	if errors.Is(err, loader.ErrNothing) || errors.Is(err, control.ErrNotRunning) {
 		return exitNothing
 	}
 	return exitFailed
@@ -93,8 +94,8 @@ func newApp(stdout, stderr io.Writer, env func(string) string) *cli.App {
 		HideVersion:     true,
 		ExitErrHandler:  func(*cli.Context, error) {}, // run decides
 		Commands: []*cli.Command{
-			runCommand(), checkCommand(), demoCommand(), benchCommand(), statusCommand(), connectionsCommand(), explainCommand(), mapsCommand(),
-			unloadCommand(), decapCommand(), versionCommand(), completionCommand(),
+			runCommand(), checkCommand(), demoCommand(), benchCommand(), statusCommand(), backendsCommand(),
+			connectionsCommand(), explainCommand(), mapsCommand(), reloadCommand(), unloadCommand(), decapCommand(), versionCommand(), completionCommand(),
 		},
 	}
 	finish(app.Commands, config)

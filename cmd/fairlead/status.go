@@ -90,7 +90,8 @@ type serviceStatus struct {
 	Leaving       []netip.AddrPort `json:"leaving_addresses,omitempty"` // out of the configuration, not of use
 	Protocol      string           `json:"protocol"`
 	Methods       []string         `json:"methods"`
-	State         string           `json:"state"` // up, leaving, no backend
+	State         string           `json:"state"` // up, leaving, panic, all down, no backend
+	Reason        string           `json:"reason,omitempty"`
 	Affinity      string           `json:"affinity"`
 	OnBackendDown string           `json:"on_backend_down"`
 	IdleTimeout   float64          `json:"idle_timeout_seconds"`
@@ -105,17 +106,15 @@ type serviceStatus struct {
 }
 
 type backendStatus struct {
-	Name        string         `json:"name"`
-	Address     netip.AddrPort `json:"address"`
-	Method      string         `json:"method"`
-	Weight      uint32         `json:"weight"`
-	State       string         `json:"state"` // up, draining, leaving, down, no neighbour
-	Reason      string         `json:"reason,omitempty"`
-	Slots       int            `json:"slots"`
-	Share       float64        `json:"share"` // of the ring, 0 to 1
-	Connections *int           `json:"connections,omitempty"`
-	Traffic     maps.Traffic   `json:"traffic"`
-	Rates       *rates         `json:"rates,omitempty"`
+	Name    string         `json:"name"`
+	Address netip.AddrPort `json:"address"`
+	Method  string         `json:"method"`
+	condition
+	Slots       int          `json:"slots"`
+	Share       float64      `json:"share"` // of the ring, 0 to 1
+	Connections *int         `json:"connections,omitempty"`
+	Traffic     maps.Traffic `json:"traffic"`
+	Rates       *rates       `json:"rates,omitempty"`
 
 	id uint32
 }
@@ -147,13 +146,8 @@ func status(c *cli.Context) (err error) {
 	defer func() { err = errors.Join(err, v.close()) }()
 	chosen := v.inv.Services
 	if names := c.StringSlice("service"); len(names) > 0 {
-		chosen = nil
-		for _, name := range names {
-			found, err := v.findServices(name)
-			if err != nil {
-				return err
-			}
-			chosen = append(chosen, found...)
+		if chosen, err = v.namedServices(names); err != nil {
+			return err
 		}
 	}
 	report, err := v.report(chosen)
@@ -251,7 +245,7 @@ func counters(names []string, counts []uint64) []counterStatus {
 
 func (v *view) serviceStatus(s *maps.Service) (serviceStatus, error) {
 	st := serviceStatus{
-		Name: serviceName(*s), Address: s.AddrPort(), Addresses: s.Keys, Leaving: s.LeavingKeys(), Protocol: maps.ProtocolName(s.Protocol), Methods: []string{}, State: "up",
+		Name: serviceName(*s), Address: s.AddrPort(), Addresses: s.Keys, Leaving: s.LeavingKeys(), Protocol: maps.ProtocolName(s.Protocol), Methods: []string{},
 		Affinity: "connection", OnBackendDown: s.OnBackendDown.String(), IdleTimeout: s.IdleTimeout.Seconds(),
 		RingSize: s.RingSize, Backends: []backendStatus{}, id: s.ID,
 	}
@@ -262,18 +256,12 @@ func (v *view) serviceStatus(s *maps.Service) (serviceStatus, error) {
 	if err != nil {
 		return st, err
 	}
-	held := make(map[uint32]int)
+	held, now := make(map[uint32]int), maps.Now()
 	for _, slot := range slots {
 		held[slot.Backend]++
 		if !slot.Settled {
 			st.Unsettled++
 		}
-	}
-	switch {
-	case s.Leaving:
-		st.State = "leaving"
-	case held[maps.NoBackend] == len(slots):
-		st.State = "no backend"
 	}
 	if st.Traffic, err = v.set.Counters.Service(s.ID); err != nil {
 		return st, err
@@ -284,9 +272,9 @@ func (v *view) serviceStatus(s *maps.Service) (serviceStatus, error) {
 			continue
 		}
 		bs := backendStatus{
-			Name: b.Name, Address: backendAddress(b), Method: b.Method.String(), Weight: b.Weight, Slots: held[b.ID], id: b.ID,
+			Name: b.Name, Address: backendAddress(b), Method: b.Method.String(), Slots: held[b.ID], id: b.ID,
+			condition: conditionOf(b, now),
 		}
-		bs.State, bs.Reason = backendState(b)
 		if len(slots) > 0 {
 			bs.Share = float64(bs.Slots) / float64(len(slots))
 		}
@@ -302,22 +290,8 @@ func (v *view) serviceStatus(s *maps.Service) (serviceStatus, error) {
 		return cmp.Or(cmp.Compare(a.Name, b.Name), cmp.Compare(a.id, b.id))
 	})
 	slices.Sort(st.Methods)
+	st.State, st.Reason = serviceState(s, st.Backends, held[maps.NoBackend] < len(slots))
 	return st, nil
-}
-
-// backendState is what hinders a backend most: without a next hop not even its old connections go on.
-func backendState(b *maps.Backend) (state, reason string) {
-	switch {
-	case !b.NextHop.Known:
-		return "no neighbour", cmp.Or(b.NextHop.Reason, "not resolved yet")
-	case b.Leaving:
-		return "leaving", ""
-	case !b.Up:
-		return "down", ""
-	case b.Weight == 0:
-		return "draining", ""
-	}
-	return "up", ""
 }
 
 // countInto counts live connections by walking the tables; half-open ones are counted for the table alone.
@@ -529,7 +503,11 @@ func addressText(a netip.AddrPort) string {
 }
 
 func (p *statusPrinter) service(s *serviceStatus) {
-	facts := []string{cmp.Or(strings.Join(s.Methods, "+"), "no method"), plural(len(s.Backends), "backend"), s.State}
+	state := s.State
+	if s.Reason != "" {
+		state += ": " + s.Reason
+	}
+	facts := []string{cmp.Or(strings.Join(s.Methods, "+"), "no method"), plural(len(s.Backends), "backend"), state}
 	if s.Unsettled > 0 {
 		facts = append(facts, fmt.Sprintf("%d of %d slots unsettled", s.Unsettled, s.RingSize))
 	}
@@ -562,13 +540,14 @@ func (p *statusPrinter) service(s *serviceStatus) {
 	if p.rates {
 		columns = append(columns, ">PACKETS/S", ">BYTES/S", ">NEW/S")
 	}
+	// Checks that never failed need no room.
+	failed := slices.ContainsFunc(s.Backends, func(b backendStatus) bool { return b.FailedAgo != nil })
+	if failed {
+		columns = append(columns, "LAST FAILURE")
+	}
 	var rows [][]string
 	for _, b := range s.Backends {
-		state := b.State
-		if b.Reason != "" {
-			state += ": " + b.Reason
-		}
-		row := []string{b.Name, addressText(b.Address), fmt.Sprint(b.Weight), state, percent(uint64(b.Slots), uint64(s.RingSize)),
+		row := []string{b.Name, addressText(b.Address), b.weightText(), b.stateText(), percent(uint64(b.Slots), uint64(s.RingSize)),
 			count(b.Traffic.Packets), size(b.Traffic.Bytes), count(b.Traffic.Connections)}
 		if p.wide {
 			row = append(row, b.Method, count(b.Traffic.Refused), count(b.Traffic.ReplyPackets), size(b.Traffic.ReplyBytes))
@@ -578,6 +557,9 @@ func (p *statusPrinter) service(s *serviceStatus) {
 		}
 		if b.Rates != nil {
 			row = append(row, perSecond(b.Rates.Packets), size(uint64(b.Rates.Bytes)), perSecond(b.Rates.Connections))
+		}
+		if failed {
+			row = append(row, b.failureText())
 		}
 		rows = append(rows, row)
 	}
