@@ -136,6 +136,9 @@ func (b *Backend) Serves(opened uint32) bool {
 	return b.Up || b.Tried && int32(opened-b.downAt) >= 0
 }
 
+// DownAt is the tick since when the backend is down, if it is.
+func (b *Backend) DownAt() uint32 { return b.downAt }
+
 // Shown is what the maps tell of a backend to people, beside what the data plane goes by.
 type Shown struct {
 	Configured uint32 // weight in the configuration

@@ -53,5 +53,6 @@ func (s *Set) Close() error {
 	if err := errors.Join(unmap(s.Control.block), unmap(s.Bitmaps.set), unmap(s.PortFlags.set)); err != nil {
 		return fmt.Errorf("unmap the maps' memory: %w", err)
 	}
+	s.Control.block, s.Bitmaps.set, s.PortFlags.set = nil, nil, nil
 	return nil
 }

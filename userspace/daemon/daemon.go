@@ -19,7 +19,11 @@ import (
 	"fairlead/maps"
 	"fairlead/userspace/announce"
 	"fairlead/userspace/config"
+	"fairlead/userspace/control"
+	"fairlead/userspace/health"
 	"fairlead/userspace/neighbor"
+	"fairlead/userspace/orders"
+	"fairlead/userspace/probe"
 )
 
 // Options are what Run touches.
@@ -46,13 +50,27 @@ type daemon struct {
 	announcer *announce.Announcer
 	held      map[netip.Addr]string // addresses of the host's own, and their interfaces
 	needs     needs                 // of the devices
+
+	checker  *health.Checker
+	checked  chan []health.Report
+	said     map[health.Key]said          // what checks said last
+	departed map[health.Key]health.Target // backends that have left the configuration, not their connections
+	orders   *orders.Store                // nil: could not be read
+	calls    chan call
+	again    time.Time // when to judge backends anew though nothing happened; zero: never
+
+	running   context.Context // the daemon's own
+	socket    *probe.Socket
+	teller    *probe.Teller
+	campaigns map[uint32]*campaign // by the backend's number
 }
 
 // Run is the daemon, until ctx ends. Then the programs stay attached and go on forwarding: a stop ends no connection.
 func Run(ctx context.Context, opts Options) (err error) {
 	d := &daemon{
 		log: cmp.Or(opts.Logger, slog.Default()), path: opts.Config,
-		moved: make(chan []neighbor.NextHop, 64),
+		moved: make(chan []neighbor.NextHop, 64), checked: make(chan []health.Report, 64), calls: make(chan call),
+		campaigns: make(map[uint32]*campaign),
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -81,21 +99,33 @@ func Run(ctx context.Context, opts Options) (err error) {
 	}
 	d.watcher.SetDestinations(destinations(d.config))
 	tasks, ctx := errgroup.WithContext(ctx)
+	d.running = ctx
 	tasks.Go(func() error { return d.watcher.Run(ctx) })
+	d.openOrders()
 	err = d.start(ctx)
 	if err == nil {
 		err = d.own(ctx, tasks)
+	}
+	if err == nil {
+		err = d.startTeller()
 	}
 	if err != nil {
 		cancel()
 		return errors.Join(err, tasks.Wait(), d.close())
 	}
+	socket := d.listen()
 	if opts.Ready != nil {
 		opts.Ready()
 	}
 
 	// Steady state.
 	tasks.Go(func() error { return d.manager.Keep(ctx) })
+	tasks.Go(func() error { return d.checker.Run(ctx) })
+	tasks.Go(func() error { return d.followSigns(ctx) })
+	tasks.Go(func() error { return d.followPressure(ctx) })
+	if socket != nil {
+		tasks.Go(func() error { return control.Serve(ctx, socket, commands{d}, d.log) })
+	}
 	tasks.Go(func() error { return d.followDevices(ctx) })
 	tasks.Go(func() error { return d.complain(ctx) })
 	tasks.Go(func() error { return d.follow(ctx, opts.Reload) })
@@ -109,8 +139,11 @@ func Run(ctx context.Context, opts Options) (err error) {
 }
 
 func (d *daemon) close() (err error) {
+	if d.socket != nil {
+		err = d.socket.Close()
+	}
 	if d.manager != nil {
-		err = d.manager.Close()
+		err = errors.Join(err, d.manager.Close())
 	}
 	if d.loader != nil {
 		err = errors.Join(err, d.loader.Close())
@@ -175,10 +208,15 @@ func (d *daemon) start(ctx context.Context) error {
 	if err := d.devices(); err != nil {
 		return err
 	}
+	// What an earlier run knew of backends holds until checks say otherwise.
+	d.watchHealth(ctx)
+	if wanted, err = d.wanted(d.config); err != nil {
+		return err
+	}
 	d.watcher.SetDestinations(d.destinationsInUse())
 	if len(attached) == 0 {
 		// The maps first: no packet meets a program that has nothing to go by.
-		if err := d.apply(wanted); err != nil {
+		if _, err := d.apply(wanted); err != nil {
 			return err
 		}
 		return d.loader.Attach()
@@ -190,7 +228,8 @@ func (d *daemon) start(ctx context.Context) error {
 	if err := d.loader.Attach(); err != nil {
 		return err
 	}
-	return d.apply(wanted)
+	_, err = d.apply(wanted)
+	return err
 }
 
 // check looks at kernel, privileges and interfaces before anything is touched; what can't work ends the start.
@@ -224,12 +263,27 @@ func (d *daemon) drain(ctx context.Context, until <-chan struct{}, most time.Dur
 	}
 }
 
-// follow carries out reloads and changes of next hops, one at a time.
+// follow carries out reloads, commands, and changes of next hops and of health, one at a time.
 func (d *daemon) follow(ctx context.Context, reload <-chan os.Signal) error {
+	d.campaign(ctx)
 	for {
+		var again <-chan time.Time
+		if !d.again.IsZero() {
+			again = time.After(time.Until(d.again))
+		}
 		select {
 		case <-ctx.Done():
 			return nil
+		case reports := <-d.checked:
+			if err := d.heard(ctx, reports); err != nil {
+				d.log.Error("follow health", "err", err)
+			}
+		case <-again:
+			if err := d.refresh(ctx); err != nil {
+				d.log.Error("follow health", "err", err)
+			}
+		case c := <-d.calls:
+			c.done <- c.do()
 		case hops := <-d.moved:
 			if err := d.nextHopsChanged(hops); err != nil {
 				d.log.Error("follow next hops", "err", err)
@@ -239,21 +293,21 @@ func (d *daemon) follow(ctx context.Context, reload <-chan os.Signal) error {
 				reload = nil
 				continue
 			}
-			if err := d.reload(ctx); err != nil {
+			if _, err := d.reload(ctx); err != nil {
 				d.log.Error("reload refused: nothing is changed", "err", err)
 			}
 		}
 	}
 }
 
-// reload makes the configuration of now take effect, whole or not at all.
-func (d *daemon) reload(ctx context.Context) error {
+// reload makes the configuration of now take effect, whole or not at all. It answers what changed, a line each.
+func (d *daemon) reload(ctx context.Context) (changes []string, err error) {
 	cfg, err := read(d.path)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	if err := d.fixed(cfg); err != nil {
-		return err
+		return nil, err
 	}
 	d.watcher.SetDestinations(append(destinations(cfg), d.destinationsInUse()...))
 	moved := d.drain(ctx, d.resolved(ctx, cfg), nextHopsTime)
@@ -262,6 +316,7 @@ func (d *daemon) reload(ctx context.Context) error {
 			d.log.Error("follow next hops", "err", later)
 		}
 	}()
+	d.adoptHealth(cfg)
 	wanted, err := d.wanted(cfg)
 	if err == nil {
 		err = d.manager.Refuse(wanted) // before anything is touched
@@ -270,18 +325,25 @@ func (d *daemon) reload(ctx context.Context) error {
 		err = d.replace(cfg)
 	}
 	if err == nil {
-		err = d.apply(wanted)
+		changes, err = d.apply(wanted)
 	}
 	if err != nil {
-		return errors.Join(err, d.restore())
+		return nil, errors.Join(err, d.restore())
 	}
+	old := d.config
 	d.config = cfg
+	for _, line := range changed(old, cfg) {
+		d.log.Info(line)
+		changes = append(changes, line)
+	}
 	d.watcher.SetDestinations(d.destinationsInUse())
 	if err := d.claim(cfg); err != nil {
 		d.log.Error("announce addresses", "err", err)
 	}
-	d.log.Info("reloaded", "services", len(cfg.Services))
-	return nil
+	d.checksChanged(old, cfg)
+	d.campaign(ctx)
+	d.log.Info("reloaded", "services", len(cfg.Services), "changes", len(changes))
+	return changes, nil
 }
 
 // restore goes back to the configuration in force after a new one failed half-way.
@@ -292,7 +354,7 @@ func (d *daemon) restore() error {
 		err = d.replace(d.config)
 	}
 	if err == nil {
-		err = d.apply(wanted)
+		_, err = d.apply(wanted)
 	}
 	if err != nil {
 		return fmt.Errorf("go back to the configuration in force: %w", err)
@@ -331,17 +393,26 @@ func (d *daemon) replace(cfg *config.Config) error {
 	return nil
 }
 
-func (d *daemon) apply(wanted maps.Wanted) error {
+func (d *daemon) apply(wanted maps.Wanted) (changes []string, err error) {
 	d.applied = maps.Wanted{}
-	changes, err := d.manager.Apply(wanted, d.nextHop)
+	changes, err = d.manager.Apply(wanted, d.nextHop)
 	for _, line := range changes {
 		d.log.Info(line)
 	}
 	if err != nil {
-		return fmt.Errorf("apply the configuration: %w", err)
+		return changes, fmt.Errorf("apply the configuration: %w", err)
 	}
 	d.applied = wanted
-	return nil
+	return changes, nil
+}
+
+// applyIfOther is for what may have changed nothing.
+func (d *daemon) applyIfOther(wanted maps.Wanted) error {
+	if reflect.DeepEqual(wanted, d.applied) {
+		return nil
+	}
+	_, err := d.apply(wanted)
+	return err
 }
 
 func (d *daemon) nextHopsChanged(hops []neighbor.NextHop) error {
@@ -362,8 +433,12 @@ func (d *daemon) nextHopsChanged(hops []neighbor.NextHop) error {
 	}
 	// Rings leave out whom nobody can reach. And source addresses that nobody configured are those of the routes.
 	wanted, err := d.wanted(d.config)
-	if err != nil || len(turned) == 0 && reflect.DeepEqual(wanted, d.applied) {
+	if err != nil {
 		return err
 	}
-	return d.apply(wanted)
+	if len(turned) == 0 {
+		return d.applyIfOther(wanted)
+	}
+	_, err = d.apply(wanted)
+	return err
 }

@@ -79,11 +79,17 @@ func (d *daemon) wanted(cfg *config.Config) (maps.Wanted, error) {
 	if err := d.lookAtHost(); err != nil {
 		return w, err
 	}
+	d.again = time.Time{}
+	now := time.Now()
 	for i, s := range cfg.Services {
+		judged, standing, next := judge(&s, d.knownOf(&s), now)
+		if !next.IsZero() {
+			d.again = earlier(d.again, next)
+		}
 		ws := maps.WantedService{
 			Name: s.Name, Keys: slices.Collect(s.Endpoints()), Protocol: s.Protocol.Number(), RingSize: s.RingSize,
 			AffinityClient: s.Affinity == config.AffinityClient, OnBackendDown: policies[s.OnBackendDown],
-			IdleTimeout: s.IdleTimeout,
+			IdleTimeout: s.IdleTimeout, Standing: standing,
 		}
 		for j, b := range s.Backends {
 			if hop, ok := d.watcher.Lookup(b.Address); ok && s.Method == config.MethodDSR && hop.Gateway.IsValid() {
@@ -91,8 +97,10 @@ func (d *daemon) wanted(cfg *config.Config) (maps.Wanted, error) {
 					fmt.Sprintf("%v is not on-link: the way to it goes by %v", b.Address, hop.Gateway),
 					"dsr takes a backend on a network of this host's own; else use fullnat"))
 			}
+			is := judged[j]
 			wb := maps.WantedBackend{
-				Name: b.Name, Address: b.Address, Port: b.Port, Method: methods[s.Method], Weight: b.Weight,
+				Name: b.Name, Address: b.Address, Port: b.Port, Method: methods[s.Method], Weight: is.weight,
+				Percent: is.percent, Out: is.out, Down: is.down, Tried: is.tried, Shown: is.shown,
 			}
 			if s.Method == config.MethodIPIP || s.Method == config.MethodGUE {
 				wb.Tunnel = d.tunnelSource(s, b)
