@@ -36,7 +36,7 @@ func TestVerdictsPage(t *testing.T) {
 // TestExamples: the configurations that the pages show are right, and this version carries them out.
 func TestExamples(t *testing.T) {
 	block := regexp.MustCompile("(?s)```yaml\n(.*?)```")
-	for _, page := range []string{"../README.md", "../docs/ARCHITECTURE.md"} {
+	for _, page := range []string{"../README.md", "../docs/ARCHITECTURE.md", "../docs/HEALTH.md"} {
 		found := block.FindAllStringSubmatch(mustRead(t, page), -1)
 		if page == "../README.md" && len(found) == 0 {
 			t.Errorf("%s shows no configuration", page)
