@@ -27,7 +27,7 @@ FUZZTIME ?= 20s
 GENERATE_PACKAGES := clang-19 llvm-19 libbpf-dev linux-libc-dev
 LINT_PACKAGES     := clang-format-19
 DEMO_PACKAGES     := util-linux
-TEST_PACKAGES     := bind9-dnsutils curl dnsmasq-base iperf3 iproute2 nftables procps python3-websockets util-linux wrk
+TEST_PACKAGES     := bind9-dnsutils curl dnsmasq-base haproxy iperf3 iproute2 nftables nginx-light procps python3-websockets util-linux wrk
 TEST_PROGRAMS     := node:nodejs npm:npm
 KERNEL_PACKAGES   := debian-archive-keyring qemu-system-x86 xz-utils
 
@@ -141,6 +141,7 @@ test-long: peers ## the long forms: 3,000 WebSockets by each method, 1,000,000 t
 		$(go_test) -timeout 60m ./test/agreement -agreement.tuples=1000000 || true; \
 		$(go_test) -timeout 60m ./test/pinning -pinning.long || true; \
 		$(go_test) -timeout 60m ./test/model -model.packets=1000000 || true; \
+		$(go_test) -timeout 10m ./userspace/health -health.crowd=60s || true; \
 	} | $(GO) run ./test/summary
 
 .PHONY: test-kernels

@@ -47,8 +47,9 @@ func (d *daemon) startTeller() error {
 	return nil
 }
 
-// campaign begins and ends campaigns, as the state of backends asks for.
-func (d *daemon) campaign(ctx context.Context) {
+// campaign begins and ends campaigns, as the state of backends asks for. They live as long as there is a reason for them,
+// not as long as the command that gave it.
+func (d *daemon) campaign() {
 	now := make(map[uint32]bool)
 	for _, b := range d.manager.Backends() {
 		why, ok := d.reasonFor(&b)
@@ -63,7 +64,7 @@ func (d *daemon) campaign(ctx context.Context) {
 			}
 			c.end()
 		}
-		within, end := context.WithCancel(ctx)
+		within, end := context.WithCancel(d.running)
 		c := &campaign{reason: why, end: end}
 		if why.lost {
 			c.Campaign = d.teller.Lost(within, b.Backend, why.rate)

@@ -105,9 +105,9 @@ func (d *daemon) order(ctx context.Context, word string, change func(o *orders.O
 		if err := d.orders.Set(name.Service, name.Backend, o); err != nil {
 			return err
 		}
-		if err := d.refresh(ctx); err != nil {
+		if err := d.refresh(); err != nil {
 			back := d.orders.Set(name.Service, name.Backend, before)
-			return errors.Join(err, back, d.refresh(ctx))
+			return errors.Join(err, back, d.refresh())
 		}
 		d.log.Info("by command: "+said, "backend", name.String())
 		return nil

@@ -265,7 +265,7 @@ func (d *daemon) drain(ctx context.Context, until <-chan struct{}, most time.Dur
 
 // follow carries out reloads, commands, and changes of next hops and of health, one at a time.
 func (d *daemon) follow(ctx context.Context, reload <-chan os.Signal) error {
-	d.campaign(ctx)
+	d.campaign()
 	for {
 		var again <-chan time.Time
 		if !d.again.IsZero() {
@@ -275,11 +275,11 @@ func (d *daemon) follow(ctx context.Context, reload <-chan os.Signal) error {
 		case <-ctx.Done():
 			return nil
 		case reports := <-d.checked:
-			if err := d.heard(ctx, reports); err != nil {
+			if err := d.heard(reports); err != nil {
 				d.log.Error("follow health", "err", err)
 			}
 		case <-again:
-			if err := d.refresh(ctx); err != nil {
+			if err := d.refresh(); err != nil {
 				d.log.Error("follow health", "err", err)
 			}
 		case c := <-d.calls:
@@ -341,7 +341,7 @@ func (d *daemon) reload(ctx context.Context) (changes []string, err error) {
 		d.log.Error("announce addresses", "err", err)
 	}
 	d.checksChanged(old, cfg)
-	d.campaign(ctx)
+	d.campaign()
 	d.log.Info("reloaded", "services", len(cfg.Services), "changes", len(changes))
 	return changes, nil
 }

@@ -20,11 +20,15 @@ type said struct {
 	since, failedAt uint32
 }
 
+// parallelChecks is how many checks are made at once: 2,000 backends of which each is silent for the usual second need
+// half as many.
+const parallelChecks = 1024
+
 // watchHealth makes the checker. What the maps know of an earlier run holds until checks say otherwise.
 func (d *daemon) watchHealth(ctx context.Context) {
 	d.said = make(map[health.Key]said)
 	d.departed = make(map[health.Key]health.Target)
-	d.checker = health.New(health.Options{Logger: d.log, OnChange: func(reports []health.Report) {
+	d.checker = health.New(health.Options{Logger: d.log, Parallel: parallelChecks, OnChange: func(reports []health.Report) {
 		select {
 		case d.checked <- reports:
 		case <-ctx.Done():
@@ -146,11 +150,18 @@ func (d *daemon) forgetGone() (some bool) {
 }
 
 // heard takes what the checker has to say and makes it hold.
-func (d *daemon) heard(ctx context.Context, reports []health.Report) error {
+func (d *daemon) heard(reports []health.Report) error {
+	there := make(map[health.Key]bool)
+	for _, t := range d.targets(d.config) {
+		there[t.Key] = true
+	}
 	for _, r := range reports {
+		if !there[r.Key] {
+			continue // not checked any more
+		}
 		d.said[r.Key] = said{r, tick(r.Since), tick(r.FailedAt)}
 	}
-	return d.refresh(ctx)
+	return d.refresh()
 }
 
 // knownOf is what there is to go by for a service's backends.
@@ -171,7 +182,7 @@ func (d *daemon) knownOf(s *config.Service) []known {
 
 // refresh makes the data plane follow what is known of backends now. Flags first: whoever still sends to a dead backend
 // is told at once; then those who don't; then the rings.
-func (d *daemon) refresh(ctx context.Context) error {
+func (d *daemon) refresh() error {
 	wanted, err := d.wanted(d.config)
 	if err != nil {
 		return err
@@ -205,7 +216,7 @@ func (d *daemon) refresh(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	d.campaign(ctx)
+	d.campaign()
 	return d.applyIfOther(wanted)
 }
 

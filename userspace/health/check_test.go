@@ -392,8 +392,10 @@ func TestServerName(t *testing.T) {
 	check.Roots = a.roots
 	wantGood(t, once(t, check, address))
 	check.SNI = "chat.example"
-	wantGood(t, once(t, check, address))
-	wantGood(t, once(t, check, address))
+	probe := newProbe(Target{Key: Key{Address: address}, Check: check})
+	for range 2 {
+		wantGood(t, probe(t.Context()))
+	}
 	if diff := cmp.Diff([]string{"", "chat.example", "chat.example"}, names); diff != "" || resumed != 0 {
 		t.Errorf("%d resumed; names (-want +got):\n%s", resumed, diff)
 	}

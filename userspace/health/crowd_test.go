@@ -143,6 +143,7 @@ func TestCrowd(t *testing.T) {
 	c := New(Options{Parallel: parallel})
 	var mu sync.Mutex
 	starts := map[Key][]time.Time{}
+	disturbed := time.Duration(0) // the longest that this machine kept anybody waiting: here, or at a server
 	c.newProbe = func(target Target) probe {
 		real := newProbe(target)
 		return func(ctx context.Context) outcome {
@@ -150,7 +151,11 @@ func TestCrowd(t *testing.T) {
 			mu.Lock()
 			starts[target.Key] = append(starts[target.Key], now)
 			mu.Unlock()
-			return real(ctx)
+			o := real(ctx)
+			mu.Lock()
+			disturbed = max(disturbed, o.latency)
+			mu.Unlock()
+			return o
 		}
 	}
 	c.Set(targets)
@@ -163,7 +168,10 @@ func TestCrowd(t *testing.T) {
 	mostGoroutines, mostSockets := 0, 0
 	for watch := time.NewTicker(50 * time.Millisecond); ctx.Err() == nil; {
 		select {
-		case <-watch.C:
+		case due := <-watch.C:
+			mu.Lock()
+			disturbed = max(disturbed, time.Since(due))
+			mu.Unlock()
 			mostGoroutines = max(mostGoroutines, runtime.NumGoroutine()-goroutines)
 			mostSockets = max(mostSockets, openSockets(t)-sockets)
 		case <-ctx.Done():
@@ -186,7 +194,8 @@ func TestCrowd(t *testing.T) {
 
 	checks, checked, slow, worst := 0, 0, 0, time.Duration(0)
 	perSlot := map[time.Duration]int{} // of 100 ms
-	const low, high, late = 1800 * time.Millisecond, 2200 * time.Millisecond, 100 * time.Millisecond
+	const low, high = 1800 * time.Millisecond, 2200 * time.Millisecond
+	late := 100*time.Millisecond + 2*disturbed
 	for i, target := range targets {
 		all := starts[target.Key]
 		silent := i%50 == 1
@@ -205,8 +214,8 @@ func TestCrowd(t *testing.T) {
 			perSlot[s.Sub(begun)/(100*time.Millisecond)]++
 		}
 		checks += len(all)
-		want := int(took.Seconds()/2.2) - 1 // none starves
-		if len(all) < want || len(all) == 0 || took-all[len(all)-1].Sub(begun) > 3*time.Second {
+		want := int((took-late).Seconds()/2.2) - 1 // none starves
+		if len(all) < want || len(all) == 0 || took-all[len(all)-1].Sub(begun) > 3*time.Second+late {
 			t.Errorf("%s was checked %d times in %s, last %s before the end", target.Backend, len(all), took, took-all[len(all)-1].Sub(begun))
 		}
 		if heard := asked[target.Address.String()]; target.Check.Type != config.HealthTCP && !silent && (heard < len(all)-1 || heard > len(all)) {
@@ -230,20 +239,21 @@ func TestCrowd(t *testing.T) {
 			fullest = max(fullest, count)
 		}
 	}
-	if fullest > 250 {
-		t.Errorf("%d checks began within 100 ms", fullest)
+	if most := 250 + int(late/time.Millisecond); fullest > most {
+		t.Errorf("%d checks began within 100 ms, want at most %d", fullest, most)
 	}
-	if slow > checked/100 || worst > 4*time.Second {
-		t.Errorf("%d of %d checks came more than %s after the one before, the worst %s", slow, checked, high+late, worst)
+	if slow > checked/100 || worst > 4*time.Second+late {
+		t.Errorf("%d of %d checks came more than %s after the one before, the worst %s", slow, checked, (high + late).Round(time.Millisecond), worst)
 	}
 	// A connection being opened takes a goroutine beside its worker's.
 	if mostGoroutines > 2*parallel+16 || mostSockets > parallel {
 		t.Errorf("%d goroutines and %d sockets at once", mostGoroutines, mostSockets)
 	}
 	t.Logf("%d checks of %d backends in %s: %.1f%% of a CPU, %s a check; at most %d goroutines, %d sockets; "+
-		"at most %d checks began within 100 ms; longest interval %s, %d of %d over %s",
+		"at most %d checks began within 100 ms; longest interval %s, %d of %d over %s; the machine kept others waiting for up to %s",
 		checks, n, took.Round(time.Millisecond), 100*used.Seconds()/took.Seconds(), (used / time.Duration(checks)).Round(time.Microsecond),
-		mostGoroutines, mostSockets, fullest, worst.Round(time.Millisecond), slow, checked, high+late)
+		mostGoroutines, mostSockets, fullest, worst.Round(time.Millisecond), slow, checked, (high + late).Round(time.Millisecond),
+		disturbed.Round(time.Millisecond))
 }
 
 // openSockets counts this process's.

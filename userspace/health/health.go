@@ -117,7 +117,7 @@ type Checker struct {
 	parallel int
 	newProbe func(Target) probe
 	wake     chan struct{} // the schedule has changed; holds one
-	tell     chan struct{} // changed is not empty; holds one
+	tell     chan struct{} // changed or lines is not empty; holds one
 
 	mu      sync.Mutex
 	ran     bool
@@ -125,6 +125,7 @@ type Checker struct {
 	queue   queue    // those that wait for their time
 	dead    []*entry // due, but the share of those that are down is used up; in order
 	changed map[*entry]struct{}
+	lines   []line
 
 	mootLog, lateLog complaint
 }
@@ -237,31 +238,55 @@ func (c *Checker) Run(ctx context.Context) error {
 	c.mu.Unlock()
 
 	var tasks sync.WaitGroup
-	defer tasks.Wait()
 	tasks.Go(func() { c.notify(ctx) })
 	c.schedule(ctx)
+	tasks.Wait()
+	c.tellAll(nil) // what is still to be logged
 	return nil
 }
 
-// notify tells of changes.
+// line is one for the log. Lines are written where OnChange is called: a log that can't be written keeps no check waiting.
+type line struct {
+	level     slog.Level
+	message   string
+	arguments []any
+}
+
+func (c *Checker) say(level slog.Level, message string, arguments ...any) {
+	c.lines = append(c.lines, line{level, message, arguments})
+	poke(c.tell)
+}
+
+// notify tells of changes until ctx ends.
 func (c *Checker) notify(ctx context.Context) {
 	for {
 		select {
 		case <-ctx.Done():
 			return
 		case <-c.tell:
+			if ctx.Err() == nil {
+				c.tellAll(c.onChange)
+			}
 		}
-		c.mu.Lock()
-		reports := make([]Report, 0, len(c.changed))
-		for e := range c.changed {
-			reports = append(reports, e.report())
-		}
-		clear(c.changed)
-		c.mu.Unlock()
-		if len(reports) > 0 && c.onChange != nil && ctx.Err() == nil {
-			sortReports(reports)
-			c.onChange(reports)
-		}
+	}
+}
+
+func (c *Checker) tellAll(onChange func([]Report)) {
+	c.mu.Lock()
+	reports := make([]Report, 0, len(c.changed))
+	for e := range c.changed {
+		reports = append(reports, e.report())
+	}
+	clear(c.changed)
+	lines := c.lines
+	c.lines = nil
+	c.mu.Unlock()
+	if len(reports) > 0 && onChange != nil {
+		sortReports(reports)
+		onChange(reports)
+	}
+	for _, l := range lines {
+		c.log.Log(context.Background(), l.level, l.message, l.arguments...)
 	}
 }
 

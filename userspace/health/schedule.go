@@ -3,6 +3,7 @@ package health
 import (
 	"container/heap"
 	"context"
+	"log/slog"
 	"math/rand/v2"
 	"sync"
 	"time"
@@ -170,9 +171,10 @@ func (c *Checker) schedule(ctx context.Context) {
 	defer timer.Stop()
 	for {
 		c.mu.Lock()
-		next := startDue(time.Now())
+		now := time.Now()
+		next := startDue(now)
+		c.complain(now)
 		c.mu.Unlock()
-		c.complain()
 		if next.IsZero() {
 			timer.Stop()
 		} else {
@@ -224,7 +226,7 @@ func (c *Checker) finish(e *entry, o outcome, now time.Time) {
 		c.logChange(e, status, words)
 	}
 	for _, w := range e.state.newWords(o.words) {
-		c.log.Warn("health check's answer has a word that is not known, and is ignored", "service", e.Service,
+		c.say(slog.LevelWarn, "health check's answer has a word that is not known, and is ignored", "service", e.Service,
 			"backend", e.Backend, "header", e.Check.StateHeader, "word", w,
 			"what to do", "use ready, up, drain, maint, down or a percentage")
 	}
@@ -249,6 +251,15 @@ func (c *Checker) finish(e *entry, o outcome, now time.Time) {
 	// A check that took longer than its interval is followed by one, not by all that were missed.
 	e.due = later(e.started.Add(max(interval, shortest)), now)
 	heap.Push(&c.queue, e)
+}
+
+func (c *Checker) logChange(e *entry, from Status, why string) {
+	level := slog.LevelWarn
+	if e.state.status == Up || e.state.maint {
+		level = slog.LevelInfo
+	}
+	c.say(level, "health changed", "service", e.Service, "backend", e.Backend, "address", e.Address,
+		"from", from, "to", e.state.status, "reason", why)
 }
 
 // jittered returns d, give or take percent of it.
@@ -282,7 +293,8 @@ func (p *complaint) add(now time.Time, message string, key Key, example string) 
 	}
 }
 
-func (c *Checker) complain() {
+// complain says what was gathered, where it is time.
+func (c *Checker) complain(now time.Time) {
 	for _, p := range []struct {
 		*complaint
 		remedy string
@@ -290,8 +302,8 @@ func (c *Checker) complain() {
 		{&c.mootLog, "see that this host has descriptors, ports, memory and time left, and that commands can be run"},
 		{&c.lateLog, "give the checks longer intervals or shorter timeouts, or let more of them run at once"},
 	} {
-		if now := time.Now(); p.count > 0 && !now.Before(p.next) {
-			c.log.Warn(p.message, "times", p.count, "service", p.key.Service, "backend", p.key.Backend,
+		if p.count > 0 && !now.Before(p.next) {
+			c.say(slog.LevelWarn, p.message, "times", p.count, "service", p.key.Service, "backend", p.key.Backend,
 				"last", p.example, "what to do", p.remedy)
 			p.count, p.next = 0, now.Add(complainEvery)
 		}

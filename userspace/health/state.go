@@ -1,9 +1,7 @@
 package health
 
 import (
-	"context"
 	"fmt"
-	"log/slog"
 	"slices"
 	"time"
 
@@ -155,7 +153,7 @@ func (s *state) flapped(check *config.Health, now time.Time) bool {
 		s.downs = nil
 		return false
 	}
-	s.downs = slices.DeleteFunc(append(s.downs, now), func(t time.Time) bool { return now.Sub(t) >= check.FlapWindow })
+	s.downs = slices.DeleteFunc(append(s.downs, now), func(t time.Time) bool { return now.Sub(t) > check.FlapWindow })
 	if over := len(s.downs) - int(check.Flaps); over > 0 {
 		s.downs = slices.Delete(s.downs, 0, over)
 	}
@@ -208,13 +206,4 @@ func (s *state) newWords(words []string) (fresh []string) {
 		}
 	}
 	return fresh
-}
-
-func (c *Checker) logChange(e *entry, from Status, why string) {
-	level := slog.LevelWarn
-	if e.state.status == Up || e.state.maint {
-		level = slog.LevelInfo
-	}
-	c.log.Log(context.Background(), level, "health changed", "service", e.Service, "backend", e.Backend, "address", e.Address,
-		"from", from, "to", e.state.status, "reason", why)
 }
