@@ -203,8 +203,8 @@ static __always_inline enum verdict established(const struct flow *flow, const s
 		}
 		return FORWARD_TABLE;
 	}
-	if (track_client(ctl, bits, conn, flow, now) && !(conn->state & STATE_STATELESS)) {
-		// Replies go back by the hop this packet came from.
+	if (track_client(ctl, bits, conn, flow, now)) {
+		// Replies go back by the hop this packet came from, and so does whatever else its client is told.
 		if (*(__u32 *)conn->hop.mac != *(__u32 *)flow->from.mac ||
 		    *(__u16 *)&conn->hop.mac[4] != *(__u16 *)&flow->from.mac[4] ||
 		    conn->hop.ifindex != flow->from.ifindex || *(__u32 *)conn->hop.vlan != *(__u32 *)flow->from.vlan)
@@ -458,6 +458,7 @@ static __always_inline void client_told(const struct flow *flow, struct connecti
 		return;
 	exception_note(ctl, bits, flow->hash);
 	conn->marked = now;
+	touch(conn, now);
 	state_change(conn, 0, STATE_CONDEMNED | STATE_CLIENT_TOLD | (flow->flags & TCP_RST ? STATE_CLIENT_RESET : 0));
 }
 
@@ -473,6 +474,7 @@ static __always_inline enum verdict condemned(const struct flow *flow, struct co
 		return RESET_CONDEMNED;
 	if (alive && (flow->flags & TCP_RST || !(conn->state & STATE_BACKEND_TOLD))) {
 		conn->marked = now;
+		touch(conn, now);
 		state_change(conn, 0,
 			     STATE_BACKEND_TOLD | (flow->flags & TCP_RST ? STATE_CLIENT_RESET | STATE_CLIENT_TOLD : 0));
 		return FORWARD_RESET;
@@ -544,11 +546,12 @@ __noinline int by_tables(struct service *service, struct choice *choice)
 		return NOT_IN_TABLES;
 	if (is_udp(flow) && (conn->state & STATE_CONDEMNED || lost_for_good(service, conn))) {
 		// Its client is told once. What it sends then is new: UDP has no other way to say so.
-		if (conn->state & STATE_IDLE)
+		if (conn->state & STATE_CLIENT_TOLD)
 			return NOT_IN_TABLES;
 		if (ctl && bits)
 			exception_note(ctl, bits, flow->hash);
 		conn->marked = now;
+		touch(conn, now);
 		state_change(conn, 0, STATE_IDLE | STATE_CLIENT_TOLD);
 		return conn->state & STATE_CONDEMNED ? RESET_CONDEMNED : RESET_BACKEND_DOWN;
 	}

@@ -79,6 +79,23 @@ __noinline int udp_replied(struct half_open *half, __u32 now)
 	return true;
 }
 
+// gives_way says whether an entry's way back is that of a newer, half-open connection as well, and now its alone: by
+// nat the two have the same. It does where the client's packets ask the newer one: the entry is condemned, or not
+// served.
+static __always_inline bool gives_way(const struct connection *conn, const union tuple *client, __u32 now)
+{
+	struct scratch *room = scratch_get();
+	struct backend *backend = backend_get(conn->backend);
+	struct half_open *half;
+
+	if (!room || conn->source_port)
+		return false;
+	if (!(conn->state & STATE_CONDEMNED) && backend && serves(backend, conn->opened))
+		return false;
+	half = BY_FAMILY(room->flow.family, client, half_open4, half_open6, bpf_map_lookup_elem);
+	return half && half->backend == conn->backend && since(now, half->first) < half_open_life;
+}
+
 // reply_choose leaves its choice in the scratch room.
 __noinline int reply_choose(void)
 {
@@ -100,9 +117,9 @@ __noinline int reply_choose(void)
 	back = reply_find(flow->family, &flow->tuple, &choice->client);
 	if (back) {
 		conn = BY_FAMILY(flow->family, &choice->client, connections4, connections6, bpf_map_lookup_elem);
-		// One that was condemned gives way to a newer one.
 		if (conn && conn->generation == back->generation &&
-		    !(conn->state & STATE_CONDEMNED && flow->flags & TCP_SYN)) {
+		    !((conn->state & STATE_CONDEMNED || flow->flags & TCP_SYN || is_udp(flow)) &&
+		      gives_way(conn, &choice->client, now))) {
 			if (conn->state & STATE_CONDEMNED && !(flow->flags & TCP_RST)) {
 				state_change(conn, 0, STATE_BACKEND_TOLD);
 				return RESET_CONDEMNED;

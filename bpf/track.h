@@ -128,9 +128,10 @@ static __always_inline bool track_client(struct control_block *ctl, struct bitma
 		return true;
 	if (before & STATE_YOUNG)
 		young_matures(ctl, conn, flow, now);
-	// Behind its FIN a client sends nothing but acknowledgements that stand there.
+	// Behind its FIN a client sends nothing but acknowledgements that stand there. Told and not condemned is UDP
+	// alone.
 	state_change(conn,
-		     STATE_IDLE | STATE_CLIENT_RESET |
+		     STATE_IDLE | STATE_CLIENT_RESET | STATE_CLIENT_TOLD |
 			     taken_back(before, STATE_CLIENT_FIN, STATE_CLIENT_FIN_KNOWN,
 					conn->client_fin - flow->sequence_end),
 		     0);
@@ -177,7 +178,7 @@ static __always_inline void track_backend(struct control_block *ctl, struct bitm
 		state_change(conn, STATE_IDLE | STATE_BACKEND_RESET, STATE_BACKEND_FIN | STATE_BACKEND_FIN_KNOWN);
 	} else if (before & ~(STATE_STATELESS | STATE_YOUNG)) {
 		state_change(conn,
-			     STATE_IDLE | STATE_BACKEND_RESET |
+			     STATE_IDLE | STATE_BACKEND_RESET | STATE_CLIENT_TOLD |
 				     taken_back(before, STATE_BACKEND_FIN, STATE_BACKEND_FIN_KNOWN,
 						conn->backend_fin - flow->sequence_end),
 			     0);

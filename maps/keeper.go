@@ -161,7 +161,7 @@ func (m *Manager) tendTables() error {
 			pools[poolUser{backend, source}]++
 		}
 	}
-	tending := tending{program: m.tend}
+	tending := tending{Manager: m}
 	silence := 2*Ticks(m.epoch) + 1
 	if err := m.set.HalfOpen.Walk(func(h *HalfOpenConnection) error {
 		if since(now, h.First) >= Ticks(HalfOpenLife) {
@@ -214,9 +214,7 @@ func (m *Manager) tendTables() error {
 
 // Condemn ends connections, as they were read: whoever yet sends on them gets RST. It answers how many there were still.
 func (m *Manager) Condemn(list []Connection) (int, error) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	tending := tending{program: m.tend}
+	tending := tending{Manager: m}
 	for i := range list {
 		c := &list[i]
 		if err := tending.add(c.Tuple, bpf.FairleadTendWhatTEND_CONDEMN, c.Generation, c.Seen); err != nil {
@@ -230,9 +228,7 @@ func (m *Manager) Condemn(list []Connection) (int, error) {
 // LetGo marks entries idle that have not been seen since they were read, or, once they are marked, takes them out. It
 // answers how many. An entry that shows itself in between stays.
 func (m *Manager) LetGo(list []Connection) (int, error) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	tending := tending{program: m.tend}
+	tending := tending{Manager: m}
 	for i := range list {
 		c := &list[i]
 		what := bpf.FairleadTendWhatTEND_MARK_IDLE
@@ -249,7 +245,7 @@ func (m *Manager) LetGo(list []Connection) (int, error) {
 
 // tending hands requests to the data plane's program `tend`, which looks at each entry again before it obeys.
 type tending struct {
-	program *ebpf.Program
+	*Manager
 	batch   map[uint8][]bpf.FairleadTendRecord
 	done    int // records obeyed
 }
@@ -297,7 +293,7 @@ func (t *tending) send(family uint8) error {
 		return err
 	}
 	answer := make([]byte, len(packet))
-	if _, err := t.program.Run(&ebpf.RunOptions{Data: packet, DataOut: answer}); err != nil {
+	if err := t.run(packet, answer); err != nil {
 		return fmt.Errorf("tend %d entries: %w", len(records), err)
 	}
 	if _, err := binary.Decode(answer, binary.NativeEndian, &request); err != nil {
@@ -310,4 +306,12 @@ func (t *tending) send(family uint8) error {
 	}
 	t.batch[family] = records[:0]
 	return nil
+}
+
+// run has a lock of its own: while the tables are walked, which takes its time, others may have entries tended.
+func (t *tending) run(packet, answer []byte) error {
+	t.tendLock.Lock()
+	defer t.tendLock.Unlock()
+	_, err := t.tend.Run(&ebpf.RunOptions{Data: packet, DataOut: answer})
+	return err
 }

@@ -98,6 +98,8 @@ type Manager struct {
 	epoch      time.Duration
 	log        *slog.Logger
 
+	tendLock sync.Mutex // held while `tend` runs, and when it is changed; last of the two
+
 	mu       sync.Mutex
 	services map[uint32]*Service
 	backends map[uint32]*Backend
@@ -169,6 +171,8 @@ func NewManager(raw *bpf.FairleadMaps, opts ManagerOptions) (*Manager, error) {
 func (m *Manager) SetPrograms(tend, fill *ebpf.Program) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	m.tendLock.Lock()
+	defer m.tendLock.Unlock()
 	m.tend, m.fill = tend, fill
 }
 

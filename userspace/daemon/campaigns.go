@@ -28,6 +28,7 @@ type campaign struct {
 type reason struct {
 	lost      bool   // it is down
 	downAt    uint32 // since this tick
+	tried     bool   // newcomers are not lost
 	rate      uint32 // a second, of those lost, and of those drained behind the deadline
 	drainRate uint32
 	deadline  time.Time
@@ -92,7 +93,7 @@ func (d *daemon) reasonFor(b *maps.ServiceBackend) (why reason, ok bool) {
 		}
 	}
 	if !b.Backend.Up {
-		why.lost, why.downAt = true, b.Backend.DownAt()
+		why.lost, why.downAt, why.tried = true, b.Backend.DownAt(), b.Backend.Tried
 		policy := b.Service.OnBackendDown
 		return why, policy == maps.DownReset || policy == maps.DownRehash && !b.Backend.Method.Stateless()
 	}

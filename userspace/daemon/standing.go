@@ -122,11 +122,15 @@ func (j *judgement) heed(check *config.Health, k *known) (good bool) {
 		j.out, j.down = true, false
 		j.shown.Orders |= maps.OrderCheckMaint
 	}
-	if r.Status == health.Up && r.Percent != 100 {
+	switch {
+	case r.Status != health.Up || r.Percent == 100:
+	case r.Percent == 0:
+		// Nothing of its weight is no new connections, in a panic too.
+		j.out = true
+		j.shown.Orders |= maps.OrderCheckDrain
+	default:
+		j.percent = min(r.Percent, 100)
 		j.shown.Orders |= maps.OrderCheckWeight
-		if j.percent = min(r.Percent, 100); j.percent == 0 {
-			j.percent, j.out = 1, true
-		}
 	}
 	return good
 }

@@ -151,7 +151,7 @@ func TestOrders(t *testing.T) {
 	if diff := cmp.Diff(want, list[0], cmp.AllowUnexported(judgement{})); diff != "" {
 		t.Error(diff)
 	}
-	if !list[1].out || list[1].down {
+	if !list[1].out || list[1].down || list[1].percent != 100 || list[1].shown.Orders != maps.OrderCheckDrain {
 		t.Errorf("0 %% by its check's word: %+v", list[1])
 	}
 }

@@ -26,37 +26,43 @@ const (
 
 	hops    = 64
 	flagACK = 0x10
+	garbage = 1 // octets
 	// A client does not look at the window of a segment outside of its own. A router in between does: it takes it for
 	// what the service would take, and a smaller one than the service's last takes nothing back there.
 	window = 1024
 )
 
 // AppendFrame appends the Ethernet frame of a keep-alive for a connection's client (RFC 9293, section 3.8.4): an ACK
-// without payload, from the service, by the hop that the client's packets come from. A connection that is not TCP's has
-// none.
+// with one octet of garbage that the client has had already, from the service, by the hop that the client's packets come
+// from. A connection that is not TCP's has none.
 //
 // Its numbers are of the client's last packet that was looked at, and so none is ahead of the truth:
-//   - its sequence number is the one before what the client has acknowledged, and the client has had that byte: so
-//     the segment is outside of its window, and it must answer with an ACK (RFC 9293, section 3.10.7.4). What the client
-//     has received since only moves the window further away;
+//   - its sequence number is the one before what the client has acknowledged. The client has had that octet: so the
+//     segment is outside of its window, is not believed, and must be answered with an ACK (RFC 9293, section 3.10.7.4).
+//     What the client has received since only moves the window further away;
 //   - it acknowledges what the client has sent, no more: the client, and every router that has seen its packet on its way
 //     here, knows of that. A router that tracks connections lets acknowledgements pass that are old, and none of what
 //     nobody has sent;
 //   - where the client's packets have timestamps, so have all segments to it (RFC 7323, section 3.2). Its value is what
-//     the client echoed last: the newest that it had from the service then. So it is no older than that, and the check
-//     for wrapped numbers (section 5.3, R1: a value less than TS.Recent) doesn't drop the segment before its number is
-//     looked at. If the client has had a newer one since, or the value has outlived 24 days of silence (section 5.5),
-//     that check may drop it, and R1 obliges the client to the same ACK. It is not newer either, so TS.Recent does not
-//     move, and what the service itself sends next is not dropped. Its echo is the client's own last value.
+//     the client echoed last: the newest that it had from the service by then, and none that the service never had. So
+//     where nothing has come since, the check for wrapped numbers (section 5.3, R1: a value less than TS.Recent) lets
+//     the segment pass, and its number is looked at. Where something has, if only the service's last bare ACK, or where
+//     the value has outlived 24 days of silence (section 5.5), R1 drops it, and obliges the client to the same ACK. As
+//     the segment is outside of the window, TS.Recent does not move by it. Its echo is the client's own last value.
+//
+// The octet is for that second case. A bare ACK whose number and timestamp are both old is what reordering makes, and
+// Linux drops it in silence (6.18 does, and counts it as PAWSOldAck); a segment with data it answers, and doesn't count it
+// among the two answers a second that a socket has for others.
 func AppendFrame(b []byte, c *maps.Connection) []byte {
 	if c.Tuple.Protocol != unix.IPPROTO_TCP {
 		return b
 	}
 	from, to := c.Tuple.Destination, c.Tuple.Source
-	length := tcpLength
+	header := tcpLength
 	if c.Timestamp != 0 || c.TimestampEcho != 0 {
-		length += timestampLength
+		header += timestampLength
 	}
+	length := header + garbage
 	kind := uint16(unix.ETH_P_IP)
 	if from.Addr().Is6() {
 		kind = unix.ETH_P_IPV6
@@ -89,14 +95,15 @@ func AppendFrame(b []byte, c *maps.Connection) []byte {
 	b = binary.BigEndian.AppendUint16(b, to.Port())
 	b = binary.BigEndian.AppendUint32(b, c.Acknowledgement-1)
 	b = binary.BigEndian.AppendUint32(b, c.SequenceEnd)
-	b = append(b, uint8(length/4)<<4, flagACK)
+	b = append(b, uint8(header/4)<<4, flagACK)
 	b = binary.BigEndian.AppendUint16(b, window)
 	b = append(b, 0, 0, 0, 0)
-	if length > tcpLength {
+	if header > tcpLength {
 		b = append(b, 1, 1, 8, 10) // as RFC 7323, appendix A, lays it out
 		b = binary.BigEndian.AppendUint32(b, c.TimestampEcho)
 		b = binary.BigEndian.AppendUint32(b, c.Timestamp)
 	}
+	b = append(b, 0)
 	sum = summed(sum+unix.IPPROTO_TCP+uint32(length), b[tcp:])
 	binary.BigEndian.PutUint16(b[tcp+16:], folded(sum))
 	return b
@@ -124,10 +131,13 @@ func appendLink(b []byte, hop *maps.Hop, kind uint16) []byte {
 	return binary.BigEndian.AppendUint16(b, kind)
 }
 
-// summed adds the 16-bit words of b, an even number of bytes, for an Internet checksum.
+// summed adds the 16-bit words of b for an Internet checksum.
 func summed(sum uint32, b []byte) uint32 {
 	for ; len(b) > 1; b = b[2:] {
 		sum += uint32(binary.BigEndian.Uint16(b))
+	}
+	if len(b) > 0 {
+		sum += uint32(b[0]) << 8
 	}
 	return sum
 }

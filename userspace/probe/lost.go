@@ -2,11 +2,17 @@ package probe
 
 import (
 	"context"
+	"errors"
 	"time"
 
 	"golang.org/x/sys/unix"
 
 	"fairlead/maps"
+)
+
+const (
+	walkTries = 5 // of a table that can't be read
+	walkAgain = time.Second
 )
 
 // Lost tells the clients of a backend that is down, and whose connections are answered RST, so many a second. Every TCP
@@ -31,23 +37,41 @@ func (t *Teller) Lost(ctx context.Context, b maps.Backend, rate uint32) *Campaig
 }
 
 func (r *run) lost(b *maps.Backend) error {
-	r.feeding = true
-	err := r.walk(func(c *maps.Connection) error {
-		if c.Backend != b.ID || c.Tuple.Protocol != unix.IPPROTO_TCP || c.State&maps.StateClientTold != 0 ||
-			c.State.Closing() || c.State&maps.StateCondemned == 0 && b.Serves(c.Opened) {
-			return nil
+	for tries := 1; ; tries++ {
+		// Those in hand, where an earlier look through the table came to an untimely end.
+		known := r.waiting.generations()
+		r.feeding = true
+		err := r.walk(func(c *maps.Connection) error {
+			if c.Backend != b.ID || c.Tuple.Protocol != unix.IPPROTO_TCP || c.State&maps.StateClientTold != 0 ||
+				c.State.Closing() || c.State&maps.StateCondemned == 0 && b.Serves(c.Opened) {
+				return nil
+			}
+			if _, in := known[c.Generation]; in {
+				return nil
+			}
+			return r.feed(c, nil)
+		})
+		r.feeding = false
+		switch {
+		case r.ctx.Err() != nil:
+			return r.ctx.Err()
+		case err == nil:
+			r.progress.Counted = true
+			return r.finish()
 		}
-		return r.feed(c, nil)
-	})
-	r.feeding = false
-	if r.ctx.Err() != nil {
-		return r.ctx.Err()
+		r.say(err)
+		if tries == walkTries {
+			return errors.Join(err, r.finish())
+		}
+		again := time.Now().Add(walkAgain)
+		r.wake = func() (time.Time, bool) { return again, true }
+		for time.Now().Before(again) {
+			if err := r.pause(); err != nil {
+				return err
+			}
+		}
+		r.wake = nil
 	}
-	r.progress.Counted = err == nil
-	if finished := r.finish(); err == nil {
-		err = finished
-	}
-	return err
 }
 
 // feed probes a connection that a walk has found, once the pace allows. The walk may have read it long before: it is read

@@ -63,6 +63,6 @@ func (p *pace) next() (time.Time, bool) {
 		return time.Time{}, false
 	}
 	seconds := (p.spent + p.shift) / float64(p.rate)
-	// Rounded up, so that it is allowed then.
-	return p.base.Add(time.Duration(seconds*float64(time.Second)) + 1), true
+	// Rounded up, by more than what floating point loses, so that it is allowed then.
+	return p.base.Add(time.Duration(seconds*float64(time.Second)) + 2), true
 }

@@ -22,10 +22,10 @@ func TestPace(t *testing.T) {
 				p.spend(n)
 				counts[now.Sub(begin)/time.Second] += n
 				next, ever := p.next()
-				if !ever || !next.After(now) {
+				if !ever || !next.After(now) && !jitter { // a slot may begin with what was due in it
 					t.Fatalf("rate %d: the next at %v, it is %v", rate, next, now)
 				}
-				if idle := next.Add(-2); idle.After(now) && p.allowed(idle) > 0 {
+				if idle := next.Add(-4); idle.After(now) && p.allowed(idle) > 0 {
 					t.Fatalf("rate %d: something is allowed before the next", rate)
 				}
 				if p.allowed(next) < 1 {

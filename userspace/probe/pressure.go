@@ -74,7 +74,13 @@ func (p *pressure) ask() error {
 			if !p.silent(c) {
 				return nil
 			}
-			return p.feed(c, p.silent)
+			return p.feed(c, func(c *maps.Connection) bool {
+				if !p.silent(c) {
+					return false
+				}
+				p.probed++
+				return true
+			})
 		})
 		p.feeding = false
 		switch {
@@ -85,7 +91,7 @@ func (p *pressure) ask() error {
 		}
 		// Those who were asked are waited for, and for new ones to be so silent.
 		at := walked.Add(max(youngAge, walkShare*time.Since(walked)))
-		p.wake = func() (time.Time, bool) { return at, true }
+		p.wake = func() (time.Time, bool) { return at, time.Now().Before(at) }
 		for p.over(eased) && (p.waiting.count > 0 || time.Now().Before(at)) {
 			if err := p.pause(); err != nil {
 				return err

@@ -55,8 +55,8 @@ func (s *sites) tuple(a *asked) maps.Tuple {
 }
 
 const (
-	// retry is how long a probe's answer is waited for. Linux answers two segments outside of the window a second and
-	// socket (tcp_invalid_ratelimit): one sent earlier may be lost to that.
+	// retry is how long a probe's answer is waited for. A host may answer no more than two segments outside of the window
+	// a second and socket (Linux: tcp_invalid_ratelimit): one sent earlier may be lost to that.
 	retry      = 600 * time.Millisecond
 	retryMost  = 30 * time.Second
 	lastProbe  = 12 // after 2 min 38 s; its answer is waited for until 3 min 8 s
@@ -91,6 +91,17 @@ func (w *waiting) first() *[]asked {
 		}
 	}
 	return first
+}
+
+// generations are the generation numbers of those waiting: no two living entries share one.
+func (w *waiting) generations() map[uint32]struct{} {
+	all := make(map[uint32]struct{}, w.count)
+	for _, q := range w.queues {
+		for i := range q {
+			all[q[i].generation] = struct{}{}
+		}
+	}
+	return all
 }
 
 // next is when the first is due; false: none waits.
