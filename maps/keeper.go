@@ -246,8 +246,8 @@ func (m *Manager) LetGo(list []Connection) (int, error) {
 // tending hands requests to the data plane's program `tend`, which looks at each entry again before it obeys.
 type tending struct {
 	*Manager
-	batch   map[uint8][]bpf.FairleadTendRecord
-	done    int // records obeyed
+	batch map[uint8][]bpf.FairleadTendRecord
+	done  int // records obeyed
 }
 
 func (t *tending) add(tuple Tuple, what bpf.FairleadTendWhat, generation, seen uint32) error {

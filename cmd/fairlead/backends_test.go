@@ -59,7 +59,10 @@ func shownEdge() []maps.WantedService {
 			backend("l-held", func(b *maps.WantedBackend) { down(b); b.Shown.Health = maps.HealthHeld }),
 			backend("m-unknown", func(b *maps.WantedBackend) { b.Down, b.Shown.Health, b.Shown.Since = true, maps.HealthUnknown, lately }),
 			backend("n-supposed-up", func(b *maps.WantedBackend) { b.Shown.Health, b.Shown.Since = maps.HealthUnknown, lately }),
-			backend("o-maintenance", func(b *maps.WantedBackend) { down(b); b.Shown.Orders, b.Shown.Failure = maps.OrderCheckMaint, "" }),
+			backend("o-maintenance", func(b *maps.WantedBackend) {
+				failed(b, maps.HealthDown)
+				b.Shown.Orders, b.Shown.Failure = maps.OrderCheckMaint, ""
+			}),
 			backend("p-down-drain", func(b *maps.WantedBackend) { down(b); b.Weight, b.Shown.Orders = 0, maps.OrderDrain }),
 			backend("q-no-hop", down),
 		),
@@ -92,7 +95,7 @@ chat     k-down          10.0.0.21:443  down                                    
 chat     l-held          10.0.0.22:443  held: down, as it went up and down too often  1                       3h20m  connection refused, 3h20m ago
 chat     m-unknown       10.0.0.23:443  unknown: not checked yet                      1                       3h20m  -
 chat     n-supposed-up   10.0.0.24:443  up: not checked yet                           1                       3h20m  -
-chat     o-maintenance   10.0.0.25:443  down: maintenance, by its check's answer      1                       3h20m  no reason known, 3h20m ago
+chat     o-maintenance   10.0.0.25:443  draining: maintenance, by its check's answer  1                       3h20m  no reason known, 3h20m ago
 chat     p-down-drain    10.0.0.26:443  down: and draining, by command                0                       3h20m  connection refused, 3h20m ago
 chat     q-no-hop        10.0.0.27:443  no neighbour: it moved                        1                       3h20m  connection refused, 3h20m ago
 chat     ws1             10.0.0.11:8765  leaving  1  -  -

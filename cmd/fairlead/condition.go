@@ -76,6 +76,8 @@ func backendState(b *maps.Backend) (state, reason string) {
 		return downState(b)
 	case orders&maps.OrderDrain != 0:
 		return stateDraining, "by command"
+	case orders&maps.OrderCheckMaint != 0:
+		return stateDraining, "maintenance, by its check's answer"
 	case orders&maps.OrderCheckDrain != 0:
 		return stateDraining, "by its check's answer"
 	case b.Weight == 0 && orders&maps.OrderWeight != 0:
@@ -104,8 +106,6 @@ func downState(b *maps.Backend) (state, reason string) {
 	switch {
 	case b.Tried:
 		return state, "all are down"
-	case b.Shown.Orders&maps.OrderCheckMaint != 0:
-		return state, "maintenance, by its check's answer"
 	case b.Shown.Orders&maps.OrderDrain != 0:
 		return state, "and draining, by command"
 	}

@@ -19,6 +19,7 @@ type Node struct {
 	lab       *Lab
 	name      string
 	namespace string
+	ports     map[string]switchPort // by interface, of those that have joined a segment; the lab's mutex's to guard
 }
 
 // nodeSettings hold in every node: addresses usable at once, no autoconfiguration, no filter on the way back (replies
@@ -63,7 +64,7 @@ func (l *Lab) node(name string) (*Node, error) {
 	if n, ok := l.nodes[name]; ok {
 		return n, nil
 	}
-	n := &Node{lab: l, name: name, namespace: l.namespace(name)}
+	n := &Node{lab: l, name: name, namespace: l.namespace(name), ports: map[string]switchPort{}}
 	if err := createNamespace(n.namespace); err != nil {
 		return nil, fmt.Errorf("add node %s: %w", name, err)
 	}
@@ -236,14 +237,37 @@ func (n *Node) SetForwarding(on bool) error {
 	return errors.Join(n.Sysctl("net.ipv4.ip_forward", value), n.Sysctl("net.ipv6.conf.all.forwarding", value))
 }
 
-// Masquerade hides what the node routes out of the interfaces behind its own address there, both families.
-func (n *Node) Masquerade(interfaces ...string) error {
-	rules := "table inet lab {\n chain leaving {\n  type nat hook postrouting priority srcnat;\n"
-	for _, name := range interfaces {
-		rules += fmt.Sprintf("  oifname %q masquerade\n", name)
+// Masquerading is how a router hides those behind it.
+type Masquerading struct {
+	Interfaces []string     // what leaves by these has the router's own address there
+	Except     []netip.Addr // keep their addresses, and the router keeps no track of what comes from them or goes to them
+
+	// DropInvalid has its firewall let nothing through that fits no connection it knows of.
+	DropInvalid bool
+}
+
+// Masquerade hides what the node routes behind its own addresses, both families.
+func (n *Node) Masquerade(m Masquerading) error {
+	var rules strings.Builder
+	rules.WriteString("table inet lab {\n chain leaving {\n  type nat hook postrouting priority srcnat\n")
+	for _, name := range m.Interfaces {
+		fmt.Fprintf(&rules, "  oifname %q masquerade\n", name)
+	}
+	rules.WriteString(" }\n chain arriving {\n  type filter hook prerouting priority raw\n")
+	for _, address := range m.Except {
+		family := "ip"
+		if address.Is6() {
+			family = "ip6"
+		}
+		// What is not tracked is not translated either.
+		fmt.Fprintf(&rules, "  %s saddr %v notrack\n  %[1]s daddr %[2]v notrack\n", family, address)
+	}
+	rules.WriteString(" }\n")
+	if m.DropInvalid {
+		rules.WriteString(" chain passing {\n  type filter hook forward priority filter\n  ct state invalid drop\n }\n")
 	}
 	cmd := n.Command(context.Background(), "nft", "-f", "-")
-	cmd.Stdin = strings.NewReader(rules + " }\n}\n")
+	cmd.Stdin = strings.NewReader(rules.String() + "}\n")
 	if output, err := cmd.CombinedOutput(); err != nil {
 		return n.wrap("masquerade", fmt.Errorf("nft: %w: %s (the program comes with the nftables package)", err,
 			strings.TrimSpace(string(output))))

@@ -37,6 +37,10 @@ func PeerMain() {
 		role = newServerRole()
 	case "clients":
 		role = newClientsRole()
+	case "idle-clients":
+		role = newIdleRole()
+	case "bulk-clients":
+		role = &bulkRole{}
 	case "flow-server":
 		role = newFlowServerRole()
 	case "flows":

@@ -110,7 +110,52 @@ func (n *Node) Join(s *Segment, link Link) error {
 	if err != nil {
 		return fmt.Errorf("join node %s to segment %s: %w", n.name, s.name, err)
 	}
+	s.lab.mu.Lock()
+	n.ports[link.Name] = switchPort{port, s}
+	s.lab.mu.Unlock()
 	return nil
+}
+
+// switchPort is where an interface is plugged into a segment.
+type switchPort struct {
+	name    string // of the switch's interface
+	segment *Segment
+}
+
+// Unplug cuts an interface off its segment, in both directions and in silence, until Plug: each end still has its
+// carrier, and nothing that the node's kernel may have to say reaches anyone. So does a machine look that died.
+func (n *Node) Unplug(interfaceName string) error {
+	err := n.atPort(interfaceName, func(link netlink.Link, _ *Segment) error { return netlink.LinkSetNoMaster(link) })
+	return n.wrap("unplug "+interfaceName, err)
+}
+
+// Plug puts an interface that was unplugged back into its segment.
+func (n *Node) Plug(interfaceName string) error {
+	err := n.atPort(interfaceName, func(link netlink.Link, s *Segment) error {
+		return netlink.LinkSetMasterByIndex(link, s.bridge)
+	})
+	return n.wrap("plug "+interfaceName, err)
+}
+
+// atPort calls fn in the switch's namespace with the other end of an interface's cable.
+func (n *Node) atPort(interfaceName string, fn func(netlink.Link, *Segment) error) error {
+	n.lab.mu.Lock()
+	port, ok := n.ports[interfaceName]
+	home, err := n.lab.node(switchName)
+	n.lab.mu.Unlock()
+	if err != nil {
+		return err
+	}
+	if !ok {
+		return errors.New("it has joined no segment")
+	}
+	return home.Do(func() error {
+		link, err := netlink.LinkByName(port.name)
+		if err != nil {
+			return err
+		}
+		return fn(link, port.segment)
+	})
 }
 
 // Cable connects two nodes directly, at the lower of both links' MTUs.

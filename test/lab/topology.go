@@ -15,6 +15,8 @@ type Options struct {
 	Backends        int  // default 3; at most 200 in all, with those added later
 	ClientAddresses int  // of each family; default 16, at most 200
 	Masquerade      bool // the router hides the clients behind its own address
+	Unhidden        int  // but so many client addresses of each family, the last ones, of which it keeps no track
+	DropInvalid     bool // where it masquerades, it drops what fits no connection that it knows of
 	EdgeForwards    bool // the edge's kernel routes, too
 	ByEdge          bool // backends answer clients by way of the edge, as nat takes it, not by the router
 
@@ -170,6 +172,10 @@ func open(prefix string, options Options, t *Topology) (*Topology, error) {
 		return nil, fmt.Errorf("build topology %s: %d client addresses: want 1 to %d", prefix,
 			options.ClientAddresses, maxHosts)
 	}
+	if options.Unhidden < 0 || options.Unhidden > options.ClientAddresses {
+		return nil, fmt.Errorf("build topology %s: %d of %d client addresses unhidden: want no more than there are", prefix,
+			options.Unhidden, options.ClientAddresses)
+	}
 	if options.Backends < 0 || options.Backends > maxHosts {
 		return nil, fmt.Errorf("build topology %s: %d backends: want 1 to %d", prefix, options.Backends, maxHosts)
 	}
@@ -258,7 +264,9 @@ func (t *Topology) build() error {
 		}
 	}
 	if t.options.Masquerade {
-		steps = append(steps, t.Router.Masquerade(hidden...))
+		steps = append(steps, t.Router.Masquerade(Masquerading{
+			Interfaces: hidden, Except: t.clients[2*(t.options.ClientAddresses-t.options.Unhidden):], DropInvalid: t.options.DropInvalid,
+		}))
 	}
 	if err := errors.Join(steps...); err != nil {
 		return err

@@ -246,6 +246,7 @@ type conversation struct {
 	tags      []tag // of the client's frames
 	vlan      []tag // the same as replies carry them: VLANs alone
 	confirmed bool
+	answered  bool   // its SYN, by a SYN-ACK
 	mayRob    bool   // its SYN may take the port of a half-open connection, or need not
 	tooBigFor uint32 // what it is told when a packet is too big
 	loose     bool   // its way takes less than IPv6's least: its outer packets may be fragmented
@@ -359,6 +360,8 @@ func (c *conversation) sendRaw(s segment, frame []byte, v verdict, events ...eve
 		want.frame = s.reset().bytes()
 	case v == answerTooBig:
 		want.frame = s.tooBig(c.tooBigFor)
+	case v == forwardReset:
+		want.frame, want.backend, want.to = c.ended(s).bytes(), c.backend, c.its().ifindex
 	default:
 		switch c.backend {
 		case 0:
@@ -376,6 +379,7 @@ func (c *conversation) sendRaw(s segment, frame []byte, v verdict, events ...eve
 		if c.mayRob && c.counted().Events[portStolen] > c.dataplane.want.Events[portStolen] {
 			want.events, c.mayRob = append(want.events, portStolen), false
 		}
+		c.answered = c.answered && v != bpf.FairleadVerdictFORWARD_NEW
 		if v == bpf.FairleadVerdictFORWARD_NEW && c.method == fullnat && action >= xdpTX {
 			c.givenPort(s, out)
 		}
@@ -390,6 +394,35 @@ func (c *conversation) sendRaw(s segment, frame []byte, v verdict, events ...eve
 
 // passes tells the verdicts that leave a packet to the host's stack.
 func passes(v verdict) bool { return v <= bpf.FairleadVerdictPASS_TUNNEL_ERROR }
+
+// ended is the RST that a condemned connection's backend gets instead of its client's segment, with that one's numbers: by
+// the backend's method, its time to live 64, its IPv4 ID zero with DF set. What Ethernet would pad a frame to that had the
+// segment's own tags stands behind it, where the segment's frame was no shorter.
+func (c *conversation) ended(s segment) segment {
+	b := c.its()
+	end := segment{
+		ethSource: b.sourceMAC(), ethDestination: b.mac, tags: s.tags, source: s.source, destination: s.destination,
+		ttl: 64, df: true, sequence: s.sequence, flags: rst | s.flags&ack,
+	}
+	if s.flags&ack != 0 {
+		end.acknowledgement = s.acknowledgement
+	}
+	if room := min(int(s.length()), 60) - int(end.length()); room > 0 {
+		end.padding = make([]byte, room)
+	}
+	end.tags = tagsOf(b.tags)
+	if rewrites(c.method) {
+		return end.between(c.source, b.address)
+	}
+	if tunnels(c.method) {
+		hash := c.hashOf(s.source, s.destination)
+		end.outer = &outer{
+			source: b.outerSource(hash), destination: b.address.Addr(), df: true,
+			gue: c.method == gue, port: 49152 | uint16(hash>>16)&0x3fff,
+		}
+	}
+	return end
+}
 
 // forwarded is a client's segment as its backend is to get it; outer headers that need a number get this one.
 func (c *conversation) forwarded(s segment, identification uint64) segment {
@@ -487,6 +520,16 @@ func (c *conversation) replyRaw(s segment, frame []byte, v verdict, events ...ev
 		want.frame = s.tooBig(c.tooBigFor)
 	case v < answerTooBig:
 		want.frame = c.replied(s, identification).bytes()
+		if v == replyHalfOpen && !s.udp && !c.answered {
+			traffic := &c.dataplane.want.Backends[c.backend]
+			switch s.flags & (syn | ack | rst) {
+			case syn | ack:
+				traffic.Answered++
+				c.answered = true
+			case rst, rst | ack:
+				traffic.Rejected++
+			}
+		}
 		want.service, want.backend, want.to = c.scene.service.id, c.backend, c.from.index
 	case v < bpf.FairleadVerdictDROP_TRUNCATED && s.udp:
 		want.frame = s.unreachable()
@@ -508,12 +551,14 @@ const (
 	passReplyUnknown  = bpf.FairleadVerdictPASS_REPLY_UNKNOWN
 	passICMP          = bpf.FairleadVerdictPASS_ICMP
 	passTunnelError   = bpf.FairleadVerdictPASS_TUNNEL_ERROR
+	passCheck         = bpf.FairleadVerdictPASS_CHECK
 	forwardRing       = bpf.FairleadVerdictFORWARD_RING
 	forwardTable      = bpf.FairleadVerdictFORWARD_TABLE
 	forwardHalfOpen   = bpf.FairleadVerdictFORWARD_HALF_OPEN
 	forwardNew        = bpf.FairleadVerdictFORWARD_NEW
 	forwardAdopted    = bpf.FairleadVerdictFORWARD_ADOPTED
 	forwardUnknown    = bpf.FairleadVerdictFORWARD_UNKNOWN
+	forwardReset      = bpf.FairleadVerdictFORWARD_RESET
 	replyTable        = bpf.FairleadVerdictREPLY_TABLE
 	replyHalfOpen     = bpf.FairleadVerdictREPLY_HALF_OPEN
 	answerTooBig      = bpf.FairleadVerdictANSWER_TOO_BIG
@@ -523,6 +568,7 @@ const (
 	resetNoPort       = bpf.FairleadVerdictRESET_NO_PORT
 	resetBackendDown  = bpf.FairleadVerdictRESET_BACKEND_DOWN
 	resetLeaving      = bpf.FairleadVerdictRESET_LEAVING
+	resetCondemned    = bpf.FairleadVerdictRESET_CONDEMNED
 	resetReplyUnknown = bpf.FairleadVerdictRESET_REPLY_UNKNOWN
 	dropTruncated     = bpf.FairleadVerdictDROP_TRUNCATED
 	dropBadHeader     = bpf.FairleadVerdictDROP_BAD_HEADER
@@ -651,9 +697,9 @@ func (s *scene) editEntry(c *conversation, entry *bpf.FairleadConnection) {
 }
 
 // rebuildExceptions does what the daemon does in each epoch: it makes the exception bitmap anew beside the one in use,
-// with the bits of those who are half-open, young, closing or not far from it, idle, or not on their slot's backend, and
-// then shows it to the programs. What happens meanwhile comes after the walk over the tables, where only the programs can
-// note it.
+// with the bits of those who are half-open, young, closing or not far from it, idle, condemned, or not on their slot's
+// backend, and then shows it to the programs. What happens meanwhile comes after the walk over the tables, where only the
+// programs can note it.
 func (s *scene) rebuildExceptions(meanwhile ...func()) {
 	s.Helper()
 	set, next := s.bitmaps(), s.control().ExceptionIndex&1^1
@@ -662,7 +708,7 @@ func (s *scene) rebuildExceptions(meanwhile ...func()) {
 		_, exceptional := s.halfOpen(client, s.service.address)
 		if entry, found := s.connection(client, s.service.address); found {
 			exceptional = exceptional || maps.State(entry.State).Closing() ||
-				entry.State&(young|idleMark|clientFINKnown|backendFINKnown) != 0 ||
+				entry.State&(young|idleMark|condemned|clientFINKnown|backendFINKnown) != 0 ||
 				entry.Backend != ringAnswer(s.service, client)
 		}
 		if exceptional {

@@ -308,6 +308,7 @@ type backend struct {
 	pools        []uint32
 	tunnelSource netip.Addr
 	tunnelMask   uint32 // of the last word of its bytes, read as the host's
+	downAt       uint32
 }
 
 const up = bpf.FairleadBackendFlagBACKEND_UP | bpf.FairleadBackendFlagBACKEND_NEIGHBOR
@@ -317,7 +318,7 @@ func (p *dataplane) setBackend(b backend) {
 	value := bpf.FairleadBackend{
 		Address: words(b.address.Addr()), Port: network(b.address.Port()), Family: familyOf(b.address.Addr()),
 		Method: uint8(b.method), Flags: uint32(b.flags), Service: b.service, Mtu: b.mtu, Protocol: b.protocol,
-		HopIndex: 1, PoolCount: uint32(len(b.pools)), TunnelMask: b.tunnelMask,
+		HopIndex: 1, PoolCount: uint32(len(b.pools)), TunnelMask: b.tunnelMask, DownAt: b.downAt,
 	}
 	if b.tunnelSource.IsValid() {
 		value.TunnelSource = words(b.tunnelSource)
@@ -527,7 +528,7 @@ func (p *dataplane) actionFor(want expectation, from device) uint32 {
 	switch v := want.verdict; {
 	case passes(v):
 		return xdpPass
-	case v >= bpf.FairleadVerdictDROP_TRUNCATED:
+	case v >= bpf.FairleadVerdictDROP_TRUNCATED, v == passCheck:
 		return xdpDrop
 	case v >= bpf.FairleadVerdictANSWER_ARP || want.to == from.index:
 		return xdpTX
@@ -566,6 +567,8 @@ func (c counters) named() map[string]uint64 {
 			note(name+"refused", t.Refused)
 			note(name+"reply packets", t.ReplyPackets)
 			note(name+"reply bytes", t.ReplyBytes)
+			note(name+"answered", t.Answered)
+			note(name+"rejected", t.Rejected)
 		}
 	}
 	return named
@@ -595,6 +598,8 @@ func (p *dataplane) counted() (sum counters) {
 				all[id].Refused += t.Refused
 				all[id].ReplyPackets += t.ReplyPackets
 				all[id].ReplyBytes += t.ReplyBytes
+				all[id].Answered += t.Answered
+				all[id].Rejected += t.Rejected
 			}
 		}
 	}

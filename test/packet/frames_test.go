@@ -1,6 +1,7 @@
 package packet
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"testing"
@@ -168,6 +169,47 @@ func TestBuffersSplit(t *testing.T) {
 					s.check(frame, c.from, action, out, want)
 				})
 				s.in(t)
+			}
+		})
+	})
+}
+
+// Bytes are counted by the frame, however short the IP packet in it: in one buffer, about the length that is in one at all
+// times, and in several.
+func TestBuffersCounted(t *testing.T) {
+	eachWay(t, nil, func(t *testing.T, f family, w way, p plan) {
+		eachProtocol(t, p, func(t *testing.T, p plan) {
+			p.twoArms = true
+			s := newScene(t, f, w.method, p)
+			c := s.newClient().open()
+			s.rebuildExceptions()
+			const plain = 1522 // the longest of an MTU of 1500, with two tags
+			for _, length := range []int{plain - 1, plain, plain + 1, 3000, 4000, 5000, 9000, 9014} {
+				padded := func(s segment) segment {
+					s.padding = bytes.Repeat([]byte("\xa5"), length-int(s.length()))
+					return s
+				}
+				before := s.counted()
+				c.send(padded(c.segment(ack, "short")), c.settledVerdict())
+				if rewrites(w.method) {
+					c.reply(padded(c.answer(ack, "and good")), replyTable)
+				}
+				after := s.counted()
+				for _, counted := range [][2]bpf.FairleadTraffic{
+					{before.Services[1], after.Services[1]}, {before.Backends[1], after.Backends[1]},
+				} {
+					if bytes := counted[1].Bytes - counted[0].Bytes; bytes != uint64(length) {
+						t.Errorf("%d bytes counted of a frame of %d", bytes, length)
+					}
+					if bytes := counted[1].ReplyBytes - counted[0].ReplyBytes; rewrites(w.method) && bytes != uint64(length) {
+						t.Errorf("%d bytes counted of a reply of %d", bytes, length)
+					}
+				}
+				if !p.udp {
+					// As a RST, it is counted as it came.
+					d := s.newClient().open().condemn()
+					d.send(padded(d.segment(ack, "short")), forwardReset)
+				}
 			}
 		})
 	})

@@ -208,13 +208,17 @@ func TestBackendDown(t *testing.T) {
 				c.send(c.segment(ack|psh, "are you there?"), resetBackendDown)
 				c.send(c.segment(fin|ack, ""), resetBackendDown)
 				c.send(c.segment(rst, ""), dropUnknownRST)
-			default:
-				c.send(c.segment(ack|psh, "are you there?"), c.settledVerdict())
+			default: // by the tables alone, while it is down
+				c.send(c.segment(ack|psh, "are you there?"), forwardTable)
 			}
 			other.send(other.segment(ack, ""), other.settledVerdict())
 			if rewrites(method) {
-				// A backend that is called down may be heard still.
-				c.reply(c.answer(ack, "I am"), replyTable)
+				// A backend that is called down may be heard still, unless its client was told.
+				v := replyTable
+				if reset {
+					v = resetCondemned
+				}
+				c.reply(c.answer(ack, "I am"), v)
 			}
 
 			// When it does.
@@ -267,21 +271,6 @@ func TestBackendDown(t *testing.T) {
 			}
 			s.checkTables()
 		}
-	})
-}
-
-// A backend that is up again has its connections again.
-func TestBackendUpAgain(t *testing.T) {
-	eachMethod(t, func(t *testing.T, f family, method bpf.FairleadMethod) {
-		s := newScene(t, f, method, plan{backends: 2})
-		c := s.clientOf(1).open()
-		s.rebuildExceptions()
-		s.backends[0].flags &^= bpf.FairleadBackendFlagBACKEND_UP
-		s.setBackend(s.backends[0])
-		c.send(c.segment(ack, ""), resetBackendDown)
-		s.backends[0].flags = up
-		s.setBackend(s.backends[0])
-		c.send(c.segment(ack, ""), c.settledVerdict())
 	})
 }
 

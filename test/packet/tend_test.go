@@ -15,6 +15,7 @@ const (
 	tendMarkIdle       = bpf.FairleadTendWhatTEND_MARK_IDLE
 	tendRemove         = bpf.FairleadTendWhatTEND_REMOVE
 	tendRemoveHalfOpen = bpf.FairleadTendWhatTEND_REMOVE_HALF_OPEN
+	tendCondemn        = bpf.FairleadTendWhatTEND_CONDEMN
 	tendDone           = bpf.FairleadTendWhatTEND_DONE
 	tendChanged        = bpf.FairleadTendWhatTEND_CHANGED
 	tendAbsent         = bpf.FairleadTendWhatTEND_ABSENT
