@@ -134,7 +134,7 @@ lint: ## gofmt, go vet, staticcheck, clang-format
 	clang-format-19 --dry-run -Werror $(C_FILES)
 
 .PHONY: test-long
-test-long: peers ## the long forms: 3,000 WebSockets by each method, 1,000,000 tuples and packets, 100,000 pinned connections, 1 GiB each way
+test-long: peers ## the long forms: 3,000 WebSockets by each method, 1,000,000 tuples and packets, 100,000 pinned connections, floods of 10,000,000, 1 GiB each way
 	@$(bpffs); { \
 		$(go_test) -timeout 60m ./test/e2e -connections=3000 -flows=3000 -bulk=1073741824 \
 			-path-bulk=1073741824 -source-ports=31744 || true; \
@@ -142,6 +142,8 @@ test-long: peers ## the long forms: 3,000 WebSockets by each method, 1,000,000 t
 		$(go_test) -timeout 60m ./test/pinning -pinning.long || true; \
 		$(go_test) -timeout 60m ./test/model -model.packets=1000000 || true; \
 		$(go_test) -timeout 10m ./userspace/health -health.crowd=60s || true; \
+		$(go_test) -timeout 20m ./test/flood -run '^(TestFlood|TestLRU)$$' -flood.connections=100000 \
+			-flood.packets=10000000 || true; \
 	} | $(GO) run ./test/summary
 
 .PHONY: test-kernels

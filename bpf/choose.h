@@ -264,7 +264,8 @@ static __always_inline enum verdict half_opened(struct flow *flow, struct servic
 		if (half->state & HALF_ACK && flow->sequence_end != half->client_sequence[1] &&
 		    flow->acknowledgement != half->base_acknowledgement)
 			state = STATE_STATELESS;
-		half->base_acknowledgement = flow->acknowledgement;
+		if (!(half->state & HALF_ACK))
+			half->base_acknowledgement = flow->acknowledgement;
 		half->state |= HALF_ACK;
 	}
 	if (confirm(half, service, state, now) && flow->flags & TCP_FIN) {

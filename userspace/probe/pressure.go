@@ -18,12 +18,19 @@ const (
 	// itself before, as by an answer.
 	youngAge = 10 * time.Second
 	shownAge = time.Minute
+	// hastyAge is the same for an entry that was young but for a moment, and of which nothing was heard since: past two
+	// epochs, so that the fast path hides nobody.
+	hastyAge = 30 * time.Second
 )
 
 // Pressure is to be called every second or so. Where more than 90 % of the connection table are in use, or of the part of
 // it that may be young, it begins a campaign over young TCP entries, if none is under way: those silent for 10 s are
 // probed, so many a second. Who doesn't show itself after three probes is let go. The campaign ends once no more than
-// 85 % are in use. Entries that are not young are safe, whatever comes.
+// 85 % are in use.
+//
+// Where replies aren't seen, three packets from nowhere make an entry that is young no more. So where the table itself is
+// that full, entries are asked as well that nothing was heard of after their first 10 s. All others are safe, whatever
+// comes: who was heard of later, and whose backend was seen to answer.
 func (t *Teller) Pressure(ctx context.Context, rate uint32) {
 	if !t.over(pressed) || !t.asking.TryLock() {
 		return
@@ -31,7 +38,7 @@ func (t *Teller) Pressure(ctx context.Context, rate uint32) {
 	log := t.Logger
 	t.begin(ctx, log, func(r *run) error {
 		defer t.asking.Unlock()
-		p := &pressure{run: r}
+		p := &pressure{run: r, hasty: make([]maps.Connection, 0, 1024)}
 		r.fresh = newPace(max(rate, 1), false, r.began)
 		r.again = r.fresh
 		r.more, r.unsent, r.extra = p.more, func(*asked) {}, p.letGo
@@ -48,9 +55,14 @@ func (t *Teller) Pressure(ctx context.Context, rate uint32) {
 
 func (t *Teller) mayBeYoung() uint32 { return max(t.Capacity/youngShare, 1) }
 
+// crowded tells whether more than so many percent of the table itself are in use.
+func (t *Teller) crowded(percent int64) bool {
+	return t.Counts.Connections()*100 > int64(t.Capacity)*percent
+}
+
 // over tells whether more than so many percent are in use.
 func (t *Teller) over(percent int64) bool {
-	return t.Counts.Connections()*100 > int64(t.Capacity)*percent || t.Counts.Young()*100 > int64(t.mayBeYoung())*percent
+	return t.crowded(percent) || t.Counts.Young()*100 > int64(t.mayBeYoung())*percent
 }
 
 // pressure is a campaign that asks young entries.
@@ -58,6 +70,7 @@ type pressure struct {
 	*run
 	probed, answered, gone int
 	list                   []maps.Connection // that haven't answered
+	hasty                  []maps.Connection // to be marked idle, and asked the next time
 }
 
 // errEased ends a walk early.
@@ -71,6 +84,13 @@ func (p *pressure) ask() error {
 			if p.visited%256 == 0 && !p.over(eased) {
 				return errEased
 			}
+			if p.hurried(c) && c.State&maps.StateIdle == 0 {
+				// First it is made an exception: from then on the table is asked for each of its packets.
+				if p.hasty = append(p.hasty, *c); len(p.hasty) == cap(p.hasty) {
+					p.markHasty()
+				}
+				return nil
+			}
 			if !p.silent(c) {
 				return nil
 			}
@@ -83,6 +103,7 @@ func (p *pressure) ask() error {
 			})
 		})
 		p.feeding = false
+		p.markHasty()
 		switch {
 		case p.ctx.Err() != nil:
 			return p.ctx.Err()
@@ -104,8 +125,28 @@ func (p *pressure) ask() error {
 	}
 }
 
+// hurried tells whether an entry is one that was young for a moment, and of which nothing was heard since.
+func (p *pressure) hurried(c *maps.Connection) bool {
+	return c.Tuple.Protocol == unix.IPPROTO_TCP && c.State&(maps.StateYoung|maps.StateStateless) == maps.StateStateless &&
+		c.State&(maps.StateCondemned|maps.StateClientTold) == 0 && !c.State.Closing() && p.crowded(eased) &&
+		maps.Age(c.Seen, c.Opened) < youngAge && maps.Age(p.ticks(), c.Seen) >= hastyAge
+}
+
+func (p *pressure) markHasty() {
+	if len(p.hasty) == 0 {
+		return
+	}
+	if _, err := p.Keeper.LetGo(p.hasty); err != nil {
+		p.say(err)
+	}
+	p.hasty = p.hasty[:0]
+}
+
 // silent tells whether an entry is to be asked: one that nothing was heard of for so long.
 func (p *pressure) silent(c *maps.Connection) bool {
+	if p.hurried(c) {
+		return c.State&maps.StateIdle != 0
+	}
 	if c.Tuple.Protocol != unix.IPPROTO_TCP || c.State&maps.StateYoung == 0 ||
 		c.State&(maps.StateCondemned|maps.StateClientTold) != 0 || c.State.Closing() {
 		return false
@@ -118,7 +159,7 @@ func (p *pressure) silent(c *maps.Connection) bool {
 }
 
 func (p *pressure) more(a *asked, c *maps.Connection) bool {
-	if c.State&maps.StateYoung == 0 || c.Seen != a.seen {
+	if c.State&(maps.StateYoung|maps.StateIdle) == 0 || c.Seen != a.seen {
 		p.answered++
 		return false
 	}

@@ -148,3 +148,84 @@ func TestPressureUnsent(t *testing.T) {
 		}
 	})
 }
+
+// shifted makes some entries look as if they had been heard of long after they were opened.
+type shifted struct {
+	Connections
+	late map[maps.Tuple]bool
+}
+
+func (s shifted) shift(c *maps.Connection) {
+	if s.late[c.Tuple] {
+		c.Opened -= maps.Ticks(20 * time.Second)
+	}
+}
+
+func (s shifted) Walk(visit func(*maps.Connection) error) error {
+	return s.Connections.Walk(func(c *maps.Connection) error {
+		s.shift(c)
+		return visit(c)
+	})
+}
+
+func (s shifted) Get(t maps.Tuple) (maps.Connection, bool, error) {
+	c, found, err := s.Connections.Get(t)
+	s.shift(&c)
+	return c, found, err
+}
+
+// Three packets from nowhere make an entry that isn't young: where the table is full of those, they are asked too.
+func TestPressureHasty(t *testing.T) {
+	w := newWorld(newRig(t))
+	all := w.crowd(four, tableSize*91/100)
+	var alive, mute []*client
+	late := make(map[maps.Tuple]bool)
+	for i, k := range all {
+		switch {
+		case i < 1000: // idle ever since, and there: the first, second or third probe is answered
+			k.mute = i % 3
+			alive = append(alive, k)
+		case i < 2000: // as silent as the dead, but heard of long after its beginning
+			k.mute = 1000
+			late[k.tuple] = true
+			alive = append(alive, k)
+		default:
+			k.mute = 1000
+			mute = append(mute, k)
+		}
+	}
+	synctest.Test(t, func(t *testing.T) {
+		teller := w.newTeller(w)
+		teller.Connections = shifted{teller.Connections, late}
+		began, base := time.Now(), maps.Now()
+		teller.ticks = func() uint32 { return base + maps.Ticks(time.Since(began)) }
+		pass(20 * time.Second)
+		ctx, cancel := context.WithCancel(t.Context())
+		teller.Pressure(ctx, 10_000)
+		pass(5 * time.Second)
+		if w.count() > 0 {
+			t.Fatalf("%d probes within two epochs of their beginning", w.count())
+		}
+		pass(50 * time.Second)
+		cancel()
+		teller.Wait()
+		if teller.crowded(eased) {
+			t.Errorf("%d connections are left of %d", w.set.Control.Connections(), tableSize)
+		}
+		removed := 0
+		for _, k := range mute {
+			if _, found := w.entry(k); !found {
+				removed++
+			}
+		}
+		if removed < tableSize/20 {
+			t.Errorf("%d of %d were let go", removed, len(mute))
+		}
+		for _, k := range alive {
+			c, found := w.entry(k)
+			if !found || len(k.probes) > k.mute%1000+1 || late[k.tuple] && (len(k.probes) > 0 || c.State&maps.StateIdle != 0) {
+				t.Fatalf("%v is alive: there %t, %v, %d probes", k.tuple, found, c.State, len(k.probes))
+			}
+		}
+	})
+}
