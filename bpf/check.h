@@ -6,14 +6,18 @@
 
 #include "counters.h"
 #include "maps.h"
+#include "own.h"
 #include "packet.h"
 #include "settings.h"
 
-// check_answer says whether a packet to a port of checks comes from a service of ours.
+// check_answer says whether a packet to a port of checks comes from a service of ours, and to where checks come from:
+// a client may have the same port.
 static __always_inline bool check_answer(const struct flow *flow)
 {
 	void *found;
 
+	if (!(destination_flags(flow) & ADDRESS_CHECK))
+		return false;
 	if (flow->family == FAMILY_IPV4) {
 		struct service_key4 key = {
 			.address = flow->tuple.v4.saddr,

@@ -25,6 +25,7 @@ const (
 	FairleadAddressFlagADDRESS_SOURCE  FairleadAddressFlag = 2
 	FairleadAddressFlagADDRESS_TUNNEL  FairleadAddressFlag = 4
 	FairleadAddressFlagADDRESS_OWN     FairleadAddressFlag = 8
+	FairleadAddressFlagADDRESS_CHECK   FairleadAddressFlag = 16
 )
 
 type FairleadBackend struct {

@@ -169,6 +169,7 @@ enum address_flag {
 	ADDRESS_SOURCE = 2, // of fullnat
 	ADDRESS_TUNNEL = 4, // an outer source address
 	ADDRESS_OWN = 8,    // XDP's own, and announced: ARP, NDP and echo are answered
+	ADDRESS_CHECK = 16, // the host's own, that checks through a method come from
 };
 
 // What a port number may be to us: a look here spares most packets that are not ours any look-up.

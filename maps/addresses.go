@@ -20,11 +20,12 @@ const (
 	AddressSource  = AddressUse(bpf.FairleadAddressFlagADDRESS_SOURCE)
 	AddressTunnel  = AddressUse(bpf.FairleadAddressFlagADDRESS_TUNNEL)
 	AddressOwn     = AddressUse(bpf.FairleadAddressFlagADDRESS_OWN) // XDP answers ARP, NDP and echo for it
+	AddressCheck   = AddressUse(bpf.FairleadAddressFlagADDRESS_CHECK)
 )
 
 // Names are the uses in words; that it is XDP's own is not among them.
 func (u AddressUse) Names() []string {
-	return flagNames(uint32(u&^AddressOwn), "service", "source", "tunnel")
+	return flagNames(uint32(u&^AddressOwn), "service", "source", "tunnel", "", "check")
 }
 
 // Addresses reads which addresses are ours, and what they are to us.
@@ -66,6 +67,25 @@ func (m *Manager) Own() []netip.Addr {
 	return list
 }
 
+// AddCheckSource says that checks through their method come from an address of the host's: what a service answers to it,
+// at a port of theirs, is for the daemon. What a service answers to clients is none of our business, whatever their port.
+func (m *Manager) AddCheckSource(a netip.Addr) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.checkSources == nil {
+		m.checkSources = make(map[netip.Addr]bool)
+	}
+	m.checkSources[a] = true
+	return m.putAddresses()
+}
+
+// IsService tells whether an address is a service's.
+func (m *Manager) IsService(a netip.Addr) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.addresses[a]&AddressService != 0
+}
+
 // putAddresses makes the maps of addresses say what services, source addresses and tunnels there are.
 func (m *Manager) putAddresses() error {
 	want := make(map[netip.Addr]AddressUse)
@@ -86,6 +106,9 @@ func (m *Manager) putAddresses() error {
 		if b.Tunnel.IsValid() {
 			want[b.Tunnel.Masked().Addr()] |= AddressTunnel
 		}
+	}
+	for a := range m.checkSources {
+		want[a] |= AddressCheck
 	}
 	for a, use := range want {
 		if m.addresses[a] == use {

@@ -468,7 +468,7 @@ func (d *dumper) addresses(ipv4 bool) error {
 			continue
 		}
 		if err := d.visit(Record{
-			{"address", a}, {"use", flagNames(uint32(all[a]), "service", "source", "tunnel", "own")},
+			{"address", a}, {"use", flagNames(uint32(all[a]), "service", "source", "tunnel", "own", "check")},
 		}); err != nil {
 			return err
 		}

@@ -109,12 +109,13 @@ type Manager struct {
 	pending  []pendingPool       // numbered, to be filled by this Apply
 	wanted   map[netip.Addr]bool // source addresses in the configuration
 
-	own         map[netip.Addr]bool       // addresses of XDP's own
-	addresses   map[netip.Addr]AddressUse // as the maps have them
-	natBackends map[serviceKey]uint32     // as the maps have them
-	paths       map[bpf.FairleadPathKey]bool
-	checkPorts  []uint16           // that checks through their method come from
-	emptyKeys   map[serviceKey]int // leaving keys of services: walks in a row that met no connection to them
+	own          map[netip.Addr]bool       // addresses of XDP's own
+	addresses    map[netip.Addr]AddressUse // as the maps have them
+	natBackends  map[serviceKey]uint32     // as the maps have them
+	paths        map[bpf.FairleadPathKey]bool
+	checkPorts   []uint16 // that checks through their method come from, and the addresses
+	checkSources map[netip.Addr]bool
+	emptyKeys    map[serviceKey]int // leaving keys of services: walks in a row that met no connection to them
 
 	granted uint32         // tick from which idleness counts: nobody turned epochs before
 	turned  uint32         // tick of the last epoch turned

@@ -24,6 +24,7 @@ import (
 	"fairlead/userspace/neighbor"
 	"fairlead/userspace/orders"
 	"fairlead/userspace/probe"
+	"fairlead/userspace/through"
 )
 
 // Options are what Run touches.
@@ -60,6 +61,8 @@ type daemon struct {
 	again    time.Time // when to judge backends anew though nothing happened; zero: never
 
 	running   context.Context // the daemon's own
+	tasks     *errgroup.Group
+	through   *through.Stack // nil: no check has needed it yet
 	socket    *probe.Socket
 	teller    *probe.Teller
 	campaigns map[uint32]*campaign // by the backend's number
@@ -99,7 +102,7 @@ func Run(ctx context.Context, opts Options) (err error) {
 	}
 	d.watcher.SetDestinations(destinations(d.config))
 	tasks, ctx := errgroup.WithContext(ctx)
-	d.running = ctx
+	d.running, d.tasks = ctx, tasks
 	tasks.Go(func() error { return d.watcher.Run(ctx) })
 	d.openOrders()
 	err = d.start(ctx)
@@ -139,8 +142,11 @@ func Run(ctx context.Context, opts Options) (err error) {
 }
 
 func (d *daemon) close() (err error) {
+	if d.through != nil {
+		err = d.through.Close()
+	}
 	if d.socket != nil {
-		err = d.socket.Close()
+		err = errors.Join(err, d.socket.Close())
 	}
 	if d.manager != nil {
 		err = errors.Join(err, d.manager.Close())
@@ -168,8 +174,7 @@ const nextHopsTime = 2 * time.Second
 
 func (d *daemon) start(ctx context.Context) error {
 	d.drain(ctx, d.watcher.Ready(), nextHopsTime) // the maps are not there yet: they will ask for what was told
-	wanted, err := d.wanted(d.config)
-	if err != nil {
+	if _, err := d.wanted(d.config); err != nil { // before anything is touched
 		return err
 	}
 	attached, err := attachments(d.config.Dataplane.PinPath)
@@ -209,8 +214,12 @@ func (d *daemon) start(ctx context.Context) error {
 		return err
 	}
 	// What an earlier run knew of backends holds until checks say otherwise.
+	if err := d.openThrough(d.config); err != nil {
+		return err
+	}
 	d.watchHealth(ctx)
-	if wanted, err = d.wanted(d.config); err != nil {
+	wanted, err := d.wanted(d.config)
+	if err != nil {
 		return err
 	}
 	d.watcher.SetDestinations(d.destinationsInUse())
@@ -318,6 +327,9 @@ func (d *daemon) reload(ctx context.Context) (changes []string, err error) {
 	}()
 	d.adoptHealth(cfg)
 	wanted, err := d.wanted(cfg)
+	if err == nil {
+		err = d.openThrough(cfg)
+	}
 	if err == nil {
 		err = d.manager.Refuse(wanted) // before anything is touched
 	}

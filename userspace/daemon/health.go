@@ -93,7 +93,14 @@ func (d *daemon) targets(cfg *config.Config) (list []health.Target) {
 
 func (d *daemon) target(s *config.Service, b *config.Backend, check config.Health) health.Target {
 	key := checkKey(s, b, &check)
-	return health.Target{Key: key, Check: check, Adopt: d.said[key].report}
+	t := health.Target{Key: key, Check: check, Adopt: d.said[key].report}
+	if goesThrough(check) {
+		t.Via = netip.AddrPortFrom(s.Address, check.Port)
+		if d.through != nil {
+			t.Dial = d.through.Dialer(d.destination(*s, *b, t.Via))
+		}
+	}
+	return t
 }
 
 // checksChanged makes the checker follow a new configuration. Who leaves it is checked as before for as long as it has
