@@ -136,7 +136,7 @@ lint: ## gofmt, go vet, staticcheck, clang-format
 .PHONY: test-long
 test-long: peers ## the long forms: 3,000 WebSockets by each method, 1,000,000 tuples and packets, 100,000 pinned connections, floods of 10,000,000, 1 GiB each way
 	@$(bpffs); { \
-		$(go_test) -timeout 60m ./test/e2e -connections=3000 -flows=3000 -bulk=1073741824 \
+		$(go_test) -timeout 60m ./test/e2e -connections=3000 -flows=3000 -deaths=15000 -bulk=1073741824 \
 			-path-bulk=1073741824 -source-ports=31744 || true; \
 		$(go_test) -timeout 60m ./test/agreement -agreement.tuples=1000000 || true; \
 		$(go_test) -timeout 60m ./test/pinning -pinning.long || true; \

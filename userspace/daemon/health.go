@@ -156,11 +156,20 @@ func (d *daemon) forgetGone() (some bool) {
 	return some
 }
 
-// heard takes what the checker has to say and makes it hold.
+// heard takes what the checker has to say, and what it has said since, and makes it hold: a verdict that is over by now
+// is not carried out.
 func (d *daemon) heard(reports []health.Report) error {
 	there := make(map[health.Key]bool)
 	for _, t := range d.targets(d.config) {
 		there[t.Key] = true
+	}
+	for more := true; more; {
+		select {
+		case later := <-d.checked:
+			reports = append(reports, later...)
+		default:
+			more = false
+		}
 	}
 	for _, r := range reports {
 		if !there[r.Key] {

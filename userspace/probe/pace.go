@@ -9,8 +9,8 @@ import (
 const slice = 5 * time.Millisecond
 
 // pace says when something may be done that is to be done so many times a second: the second is divided into as many
-// slots. Time that was lost (a table was locked, a queue full) is not made up for by more than a fiftieth of a second's
-// worth: no burst is larger.
+// slots. Time that was lost (a table was locked, a queue full, no CPU free) is not made up for by more than a twentieth of a
+// second's worth: no burst is larger, and no second has more than so much too many.
 type pace struct {
 	rate   uint32 // 0: never
 	jitter bool   // anywhere in its slot, not at its beginning
@@ -42,7 +42,7 @@ func (p *pace) allowed(now time.Time) int {
 		return 0
 	}
 	n := now.Sub(p.base).Seconds()*float64(p.rate) - p.shift - p.spent + 1
-	if burst := float64(max(p.rate/50, 1)); n > burst {
+	if burst := float64(max(p.rate/20, 1)); n > burst {
 		if n >= burst+1 { // the rest of that time is lost
 			p.base, p.spent = now, 1-burst-p.shift
 		}

@@ -16,7 +16,7 @@ func TestPace(t *testing.T) {
 			steps := 0
 			for now := begin; now.Before(begin.Add(seconds * time.Second)); steps++ {
 				n := p.allowed(now)
-				if burst := max(int(rate/50), 1); n > burst {
+				if burst := max(int(rate/20), 1); n > burst {
 					t.Fatalf("rate %d: a burst of %d", rate, n)
 				}
 				p.spend(n)
@@ -42,7 +42,7 @@ func TestPace(t *testing.T) {
 	}
 }
 
-// Lost time is lost, but for a fiftieth of a second.
+// Lost time is lost, but for a twentieth of a second.
 func TestPaceAfterStall(t *testing.T) {
 	begin := time.Unix(1_000_000, 0)
 	for _, jitter := range []bool{false, true} {
@@ -52,13 +52,13 @@ func TestPaceAfterStall(t *testing.T) {
 		total := 0
 		for end := now.Add(time.Second); now.Before(end); now = now.Add(5 * time.Millisecond) {
 			n := p.allowed(now)
-			if n > 20 {
+			if n > 50 {
 				t.Fatalf("a burst of %d", n)
 			}
 			total += n
 			p.spend(n)
 		}
-		if total < 990 || total > 1030 {
+		if total < 990 || total > 1060 {
 			t.Errorf("%d in the second behind the stall", total)
 		}
 	}
@@ -67,7 +67,7 @@ func TestPaceAfterStall(t *testing.T) {
 		t.Error("a rate of 0 lets something through")
 	}
 	p.setRate(100, begin.Add(time.Hour))
-	if n := p.allowed(begin.Add(time.Hour + time.Second)); n != 2 {
+	if n := p.allowed(begin.Add(time.Hour + time.Second)); n != 5 {
 		t.Errorf("%d allowed after the change of rate", n)
 	}
 }
