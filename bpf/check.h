@@ -10,33 +10,15 @@
 #include "packet.h"
 #include "settings.h"
 
-// check_answer says whether a packet to a port of checks comes from a service of ours, and to where checks come from:
-// a client may have the same port.
+// check_answer says whether a packet to a port of checks comes from a service's address, whatever its port, and to
+// where checks come from: a client may have the same port.
 static __always_inline bool check_answer(const struct flow *flow)
 {
-	void *found;
-
 	if (!(destination_flags(flow) & ADDRESS_CHECK))
 		return false;
-	if (flow->family == FAMILY_IPV4) {
-		struct service_key4 key = {
-			.address = flow->tuple.v4.saddr,
-			.port = flow->tuple.v4.sport,
-			.protocol = flow->protocol,
-		};
-
-		found = bpf_map_lookup_elem(&services4, &key);
-		APART(found, FAMILY_IPV4);
-		return found;
-	}
-	struct service_key6 key = {
-		.port = flow->tuple.v6.sport,
-		.protocol = flow->protocol,
-	};
-	__builtin_memcpy(key.address, flow->tuple.v6.saddr, sizeof(key.address));
-	found = bpf_map_lookup_elem(&services6, &key);
-	APART(found, FAMILY_IPV6);
-	return found;
+	return (flow->family == FAMILY_IPV4 ? address_flags(FAMILY_IPV4, &flow->tuple.v4.saddr)
+					    : address_flags(FAMILY_IPV6, flow->tuple.v6.saddr)) &
+	       ADDRESS_SERVICE;
 }
 
 // check_take hands the frame to the daemon. Where that has no room for it, it is lost, as on a wire.

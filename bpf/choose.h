@@ -465,7 +465,7 @@ static __always_inline void client_told(const struct flow *flow, struct connecti
 
 // condemned is a packet of a connection that was closed by command. Its backend is told first, by a RST made of it,
 // then the client: there is one packet to answer with at a time.
-static __always_inline enum verdict condemned(const struct flow *flow, struct connection *conn, bool alive, __u32 now,
+static __always_inline enum verdict condemned(struct flow *flow, struct connection *conn, bool alive, __u32 now,
 					      struct choice *choice)
 {
 	choice->backend = conn->backend;
@@ -474,6 +474,10 @@ static __always_inline enum verdict condemned(const struct flow *flow, struct co
 	if (alive && !fits(conn, flow->sequence))
 		return RESET_CONDEMNED;
 	if (alive && (flow->flags & TCP_RST || !(conn->state & STATE_BACKEND_TOLD))) {
+		// A keep-alive of the client's own, with a byte or without (RFC 9293, section 3.8.4): its backend would
+		// not believe a RST from where it has been.
+		if (conn->sequence_end - flow->sequence == 1 && flow->sequence_end - flow->sequence <= 1)
+			flow->sequence++;
 		conn->marked = now;
 		touch(conn, now);
 		state_change(conn, 0,

@@ -298,7 +298,7 @@ const (
 	FairleadLimitsGUE_PORT            FairleadLimits = 6080
 	FairleadLimitsQUOTE_MAX           FairleadLimits = 512
 	FairleadLimitsCHECK_FRAME_MAX     FairleadLimits = 2048
-	FairleadLimitsCHECK_RING_BYTES    FairleadLimits = 1048576
+	FairleadLimitsCHECK_RING_BYTES    FairleadLimits = 4194304
 )
 
 type FairleadMethod uint32

@@ -40,10 +40,11 @@ static __always_inline void touch(struct connection *conn, __u32 now)
 		conn->seen = now;
 }
 
-// numbers_note notes what a packet that is believed says.
+// numbers_note notes what a packet that is believed says. A keep-alive of the client's own stands one before where it
+// is (RFC 9293, section 3.8.4).
 static __always_inline void numbers_note(struct connection *conn, const struct flow *flow)
 {
-	if (conn->sequence_end != flow->sequence_end)
+	if (conn->sequence_end - flow->sequence_end > 1)
 		conn->sequence_end = flow->sequence_end;
 	if (conn->acknowledgement != flow->acknowledgement)
 		conn->acknowledgement = flow->acknowledgement;

@@ -32,7 +32,7 @@ enum limits {
 	GUE_PORT = 6080,	// of IANA
 	QUOTE_MAX = 512,	// bytes of a packet that our ICMP errors quote
 	CHECK_FRAME_MAX = 2048, // bytes of a frame that answers a check
-	CHECK_RING_BYTES = 1 << 20,
+	CHECK_RING_BYTES = 1 << 22,
 };
 
 // Who uses a CPU's scratch room: packets, or the daemon's program `tend`, which packets may interrupt.

@@ -250,6 +250,7 @@ type conversation struct {
 	mayRob    bool   // its SYN may take the port of a half-open connection, or need not
 	tooBigFor uint32 // what it is told when a packet is too big
 	loose     bool   // its way takes less than IPv6's least: its outer packets may be fragmented
+	alive     bool   // what it sends next is a keep-alive, from one before where it is
 }
 
 // anyBackend stands for the backend that a connection's first packet is seen to go to.
@@ -406,6 +407,9 @@ func (c *conversation) ended(s segment) segment {
 	}
 	if s.flags&ack != 0 {
 		end.acknowledgement = s.acknowledgement
+	}
+	if c.alive {
+		end.sequence++
 	}
 	if room := min(int(s.length()), 60) - int(end.length()); room > 0 {
 		end.padding = make([]byte, room)

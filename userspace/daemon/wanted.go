@@ -227,6 +227,7 @@ func (d *daemon) settings(cfg *config.Config) (loader.Settings, error) {
 		s.AffinityClient = s.AffinityClient || service.Affinity == config.AffinityClient
 	}
 	s.Checks = anyThrough(cfg)
+	s.TCP = s.TCP || s.Checks
 	inv, err := livingInventory(cfg.Dataplane.PinPath)
 	if err != nil {
 		return s, err
