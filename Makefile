@@ -138,6 +138,8 @@ test-long: peers ## the long forms: 3,000 WebSockets by each method, 1,000,000 t
 	@$(bpffs); { \
 		$(go_test) -timeout 60m ./test/e2e -connections=3000 -flows=3000 -deaths=15000 -bulk=1073741824 \
 			-path-bulk=1073741824 -source-ports=31744 || true; \
+		$(go_test) -timeout 10m ./test/e2e -run '^TestDrain$$' -drains=5000 || true; \
+		$(go_test) -timeout 20m ./test/e2e -run '^Test(Flapping|Reloads)$$' -flapping=5m -reloads=200 || true; \
 		$(go_test) -timeout 60m ./test/agreement -agreement.tuples=1000000 || true; \
 		$(go_test) -timeout 60m ./test/pinning -pinning.long || true; \
 		$(go_test) -timeout 60m ./test/model -model.packets=1000000 || true; \

@@ -208,7 +208,7 @@ int fairlead(struct xdp_md *ctx)
 		if (service)
 			return client_way(&pkt, room, service);
 	}
-	if (use_checks && near->flags[dport] & PORT_CHECK && check_answer(flow))
+	if (use_checks && near->flags[dport] & PORT_CHECK && check_answer())
 		return check_take(ctx);
 	if ((use_fullnat && near->flags[dport] & PORT_SOURCE && source_find(flow)) ||
 	    (use_nat && near->flags[sport] & PORT_BACKEND && nat_backend_find(flow)))
