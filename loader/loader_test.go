@@ -166,15 +166,15 @@ func TestAttachFresh(t *testing.T) {
 		attachments[i].Link = 0
 	}
 	equal(t, "attachments", attachments, []Attachment{
-		{"flload-a", b.device("flload-a").Attrs().Index, ModeNative, program, 0, b.path + "/v2/link_flload-a"},
-		{"flload-b.7", b.device("flload-b.7").Attrs().Index, ModeNative, program, 0, b.path + "/v2/link_flload-b%2e7"},
+		{"flload-a", b.device("flload-a").Attrs().Index, ModeNative, program, 0, b.path + "/" + versionDir(bpf.FairleadSchemaSCHEMA_VERSION) + "/link_flload-a"},
+		{"flload-b.7", b.device("flload-b.7").Attrs().Index, ModeNative, program, 0, b.path + "/" + versionDir(bpf.FairleadSchemaSCHEMA_VERSION) + "/link_flload-b%2e7"},
 	})
 	equal(t, "program on the device", b.running("flload-a"), program)
 	// Every map, the program and two links, and nothing of the building left.
 	equal(t, "number of pins", len(b.pins()), reflect.TypeFor[bpf.FairleadMaps]().NumField()+3)
 	dirs, err := schemaDirs(b.path)
 	must(t, err)
-	equal(t, "schema directories", dirs, []string{b.path + "/v2"})
+	equal(t, "schema directories", dirs, []string{b.path + "/" + versionDir(bpf.FairleadSchemaSCHEMA_VERSION)})
 
 	// Once more changes nothing.
 	must(t, l.Attach())
@@ -224,14 +224,14 @@ func TestInterfaceComesAgain(t *testing.T) {
 	gone, err := Links(b.path)
 	must(t, err)
 	equal(t, "a link without its interface", gone[0], Attachment{Interface: "flload-a", Program: gone[0].Program,
-		Link: gone[0].Link, Pin: b.path + "/v2/link_flload-a"})
+		Link: gone[0].Link, Pin: b.path + "/" + versionDir(bpf.FairleadSchemaSCHEMA_VERSION) + "/link_flload-a"})
 	if err := l.Attach(); err == nil || !strings.Contains(err.Error(), "attach to flload-a:") {
 		t.Errorf("attaching to a missing interface: %v", err)
 	}
 	b.addDevice("flload-a")
 	must(t, l.Attach())
 	equal(t, "program", b.running("flload-a"), programID(l.Programs().Fairlead))
-	equal(t, "pin", l.Attachments()[0].Pin, b.path+"/v2/link_flload-a")
+	equal(t, "pin", l.Attachments()[0].Pin, b.path+"/"+versionDir(bpf.FairleadSchemaSCHEMA_VERSION)+"/link_flload-a")
 
 	// A renamed interface keeps its link, and leaves its name to another.
 	id := l.Attachments()[0].Link
@@ -247,9 +247,9 @@ func TestInterfaceComesAgain(t *testing.T) {
 	}
 	equal(t, "attachments", len(byName), 3)
 	equal(t, "link of the renamed interface", byName["flload-c"].Link, id)
-	equal(t, "its pin", byName["flload-c"].Pin, b.path+"/v2/link_flload-a")
+	equal(t, "its pin", byName["flload-c"].Pin, b.path+"/"+versionDir(bpf.FairleadSchemaSCHEMA_VERSION)+"/link_flload-a")
 	equal(t, "pin of the newcomer", byName["flload-a"].Pin,
-		fmt.Sprintf("%s/v2/link_flload-a_%d", b.path, byName["flload-a"].Index))
+		fmt.Sprintf("%s/%s/link_flload-a_%d", b.path, versionDir(bpf.FairleadSchemaSCHEMA_VERSION), byName["flload-a"].Index))
 }
 
 func mustPass(t testing.TB) *ebpf.Program {
@@ -549,14 +549,14 @@ func TestOtherVersionsAreRefused(t *testing.T) {
 	_, openErr := Open(b.options("flload-a"))
 	_, _, mapsErr := OpenMaps(b.path)
 	for _, err := range []error{openErr, mapsErr} {
-		if !errors.Is(err, ErrSchema) || !strings.Contains(err.Error(), "schema version 7, this fairlead knows 2") {
+		if !errors.Is(err, ErrSchema) || !strings.Contains(err.Error(), fmt.Sprintf("schema version 7, this fairlead knows %d", bpf.FairleadSchemaSCHEMA_VERSION)) {
 			t.Errorf("schema 7: %v", err)
 		}
 	}
 	must(t, os.Remove(filepath.Join(b.path, "v7")))
 
 	// A map of the same name and another layout.
-	dir := filepath.Join(b.path, "v2")
+	dir := filepath.Join(b.path, versionDir(bpf.FairleadSchemaSCHEMA_VERSION))
 	must(t, os.MkdirAll(dir, 0o700))
 	m, err := ebpf.NewMap(&ebpf.MapSpec{Type: ebpf.Hash, KeySize: 5, ValueSize: 9, MaxEntries: 3})
 	must(t, err)
