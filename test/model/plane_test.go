@@ -50,9 +50,9 @@ type counters struct {
 	backends [maxBackends]traffic
 }
 
-// traffic is bpf's struct, without what keeps it from being compared.
+// traffic is bpf's struct, without what keeps it from being compared. How SYNs were answered is not looked at here.
 type traffic struct {
-	packets, bytes, connections, refused, replyPackets, replyBytes uint64
+	packets, bytes, connections, refused, replyPackets, replyBytes, answered, rejected uint64
 }
 
 // limits are load-time constants and sizes of tables that a round is played under. What is 0 is out of the way.
@@ -373,7 +373,7 @@ func (r *result) difference(before, after *counters) {
 		}
 		r.traffic = append(r.traffic, moved{backend, uint32(id), traffic{
 			a.packets - b.packets, a.bytes - b.bytes, a.connections - b.connections, a.refused - b.refused,
-			a.replyPackets - b.replyPackets, a.replyBytes - b.replyBytes,
+			a.replyPackets - b.replyPackets, a.replyBytes - b.replyBytes, 0, 0,
 		}})
 	}
 	for i := range after.services {
