@@ -288,7 +288,7 @@ func TestCheckFrames(t *testing.T) {
 		}
 	}
 	other := answer(0)
-	binary.BigEndian.PutUint16(other[34:], 7) // no service's port
+	other[29]++ // no service's address
 	if action := run(other); action != pass {
 		t.Errorf("what is from no service: action %d", action)
 	}
