@@ -123,6 +123,7 @@ __noinline int connection_insert(struct half_open *from, struct service *service
 	if (state & STATE_YOUNG)
 		__sync_fetch_and_add(&ctl->young, 1);
 	count_event(EVENT_CONFIRMED);
+	journal_tell(ROOM_PACKETS, JOURNAL_OPENED, value->generation);
 	return true;
 }
 

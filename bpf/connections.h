@@ -7,6 +7,7 @@
 #include "bitmaps.h"
 #include "clock.h"
 #include "counters.h"
+#include "journal.h"
 #include "maps.h"
 #include "packet.h"
 
@@ -222,6 +223,7 @@ __noinline int connection_remove(__u32 generation, __u32 whose_room)
 	if (state & STATE_YOUNG && __sync_fetch_and_and(&conn->state, ~STATE_YOUNG) & STATE_YOUNG)
 		__sync_fetch_and_add(&ctl->young, -1);
 	count_event(EVENT_REMOVED);
+	journal_tell(whose_room, JOURNAL_CLOSED, generation);
 	if (state & STATE_STATELESS)
 		return 1;
 

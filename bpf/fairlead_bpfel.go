@@ -155,7 +155,7 @@ type FairleadControlBlock struct {
 type FairleadCounterSet struct {
 	_        structs.HostLayout
 	Verdicts [43]uint64
-	Events   [14]uint64
+	Events   [15]uint64
 }
 
 type FairleadDevice struct {
@@ -190,7 +190,8 @@ const (
 	FairleadEventEVENT_REMOVED          FairleadEvent = 11
 	FairleadEventEVENT_COLLISION        FairleadEvent = 12
 	FairleadEventEVENT_PATH_MTU         FairleadEvent = 13
-	FairleadEventEVENT_COUNT            FairleadEvent = 14
+	FairleadEventEVENT_JOURNAL_LOST     FairleadEvent = 14
+	FairleadEventEVENT_COUNT            FairleadEvent = 15
 )
 
 type FairleadFamily uint32
@@ -274,6 +275,22 @@ type FairleadHop struct {
 	Vlan      [2]uint16
 }
 
+type FairleadJournalEvent struct {
+	_          structs.HostLayout
+	What       uint32
+	Family     uint32
+	Tuple      FairleadTuple6
+	Connection FairleadConnection
+}
+
+type FairleadJournalWhat uint32
+
+const (
+	FairleadJournalWhatJOURNAL_OPENED  FairleadJournalWhat = 1
+	FairleadJournalWhatJOURNAL_CHANGED FairleadJournalWhat = 2
+	FairleadJournalWhatJOURNAL_CLOSED  FairleadJournalWhat = 3
+)
+
 type FairleadLimits uint32
 
 const (
@@ -299,6 +316,7 @@ const (
 	FairleadLimitsQUOTE_MAX           FairleadLimits = 512
 	FairleadLimitsCHECK_FRAME_MAX     FairleadLimits = 2048
 	FairleadLimitsCHECK_RING_BYTES    FairleadLimits = 4194304
+	FairleadLimitsJOURNAL_RING_BYTES  FairleadLimits = 16777216
 )
 
 type FairleadMethod uint32
@@ -709,6 +727,7 @@ const (
 	FairleadMapHalfOpen6          = "half_open6"
 	FairleadMapHalfReplies4       = "half_replies4"
 	FairleadMapHalfReplies6       = "half_replies6"
+	FairleadMapJournal            = "journal"
 	FairleadMapNatBackends4       = "nat_backends4"
 	FairleadMapNatBackends6       = "nat_backends6"
 	FairleadMapPaths              = "paths"
@@ -742,6 +761,7 @@ const (
 	FairleadVarUseFullnat         = "use_fullnat"
 	FairleadVarUseIpv4            = "use_ipv4"
 	FairleadVarUseIpv6            = "use_ipv6"
+	FairleadVarUseJournal         = "use_journal"
 	FairleadVarUseNat             = "use_nat"
 	FairleadVarUseTcp             = "use_tcp"
 	FairleadVarUseTunnel          = "use_tunnel"
@@ -820,6 +840,7 @@ type FairleadMapSpecs struct {
 	HalfOpen6      *ebpf.MapSpec `ebpf:"half_open6"`
 	HalfReplies4   *ebpf.MapSpec `ebpf:"half_replies4"`
 	HalfReplies6   *ebpf.MapSpec `ebpf:"half_replies6"`
+	Journal        *ebpf.MapSpec `ebpf:"journal"`
 	NatBackends4   *ebpf.MapSpec `ebpf:"nat_backends4"`
 	NatBackends6   *ebpf.MapSpec `ebpf:"nat_backends6"`
 	Paths          *ebpf.MapSpec `ebpf:"paths"`
@@ -856,6 +877,7 @@ type FairleadVariableSpecs struct {
 	UseFullnat         *ebpf.VariableSpec `ebpf:"use_fullnat"`
 	UseIpv4            *ebpf.VariableSpec `ebpf:"use_ipv4"`
 	UseIpv6            *ebpf.VariableSpec `ebpf:"use_ipv6"`
+	UseJournal         *ebpf.VariableSpec `ebpf:"use_journal"`
 	UseNat             *ebpf.VariableSpec `ebpf:"use_nat"`
 	UseTcp             *ebpf.VariableSpec `ebpf:"use_tcp"`
 	UseTunnel          *ebpf.VariableSpec `ebpf:"use_tunnel"`
@@ -903,6 +925,7 @@ type FairleadMaps struct {
 	HalfOpen6      *ebpf.Map `ebpf:"half_open6"`
 	HalfReplies4   *ebpf.Map `ebpf:"half_replies4"`
 	HalfReplies6   *ebpf.Map `ebpf:"half_replies6"`
+	Journal        *ebpf.Map `ebpf:"journal"`
 	NatBackends4   *ebpf.Map `ebpf:"nat_backends4"`
 	NatBackends6   *ebpf.Map `ebpf:"nat_backends6"`
 	Paths          *ebpf.Map `ebpf:"paths"`
@@ -944,6 +967,7 @@ func (m *FairleadMaps) Close() error {
 		m.HalfOpen6,
 		m.HalfReplies4,
 		m.HalfReplies6,
+		m.Journal,
 		m.NatBackends4,
 		m.NatBackends6,
 		m.Paths,
@@ -981,6 +1005,7 @@ type FairleadVariables struct {
 	UseFullnat         *ebpf.Variable `ebpf:"use_fullnat"`
 	UseIpv4            *ebpf.Variable `ebpf:"use_ipv4"`
 	UseIpv6            *ebpf.Variable `ebpf:"use_ipv6"`
+	UseJournal         *ebpf.Variable `ebpf:"use_journal"`
 	UseNat             *ebpf.Variable `ebpf:"use_nat"`
 	UseTcp             *ebpf.Variable `ebpf:"use_tcp"`
 	UseTunnel          *ebpf.Variable `ebpf:"use_tunnel"`

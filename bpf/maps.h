@@ -115,6 +115,12 @@ struct {
 	__uint(max_entries, CHECK_RING_BYTES);
 	__uint(pinning, LIBBPF_PIN_BY_NAME);
 } check_frames SEC(".maps");
+// What becomes of connections. Programs write, the daemon reads, and keeps it on disk.
+struct {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, JOURNAL_RING_BYTES);
+	__uint(pinning, LIBBPF_PIN_BY_NAME);
+} journal SEC(".maps");
 // Numbers for the generations of connections. Programs alone.
 MAP(BPF_MAP_TYPE_PERCPU_ARRAY, generations, __u32, __u32, 1, 0);
 

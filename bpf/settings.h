@@ -14,7 +14,8 @@ volatile const __u8 use_tunnel = 1; // ipip or gue
 volatile const __u8 use_tcp = 1;
 volatile const __u8 use_udp = 1;
 volatile const __u8 use_affinity_client = 1;
-volatile const __u8 use_checks = 1; // some go through their method
+volatile const __u8 use_checks = 1;  // some go through their method
+volatile const __u8 use_journal = 0; // the daemon reads what is told of connections
 
 // Capacity of the connection table, in connections.
 volatile const __u32 connection_capacity = 1048576;

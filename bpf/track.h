@@ -72,6 +72,18 @@ static __always_inline bool both_moved(const struct connection *conn, const stru
 	return flow->sequence_end != conn->base_sequence && flow->acknowledgement != conn->base_acknowledgement;
 }
 
+// journal_matured tells of an entry that is young no more. It is never the one that `connection` of the scratch room is
+// about: that is on its way into the table.
+__noinline int journal_matured(struct connection *conn)
+{
+	struct scratch *room = scratch_get();
+
+	if (!use_journal || !room || !conn)
+		return 0;
+	room->connection = *conn;
+	return journal_tell(ROOM_PACKETS, JOURNAL_CHANGED, conn->generation);
+}
+
 static __always_inline void young_matures(struct control_block *ctl, struct connection *conn, const struct flow *flow,
 					  __u32 now)
 {
@@ -80,6 +92,7 @@ static __always_inline void young_matures(struct control_block *ctl, struct conn
 	if (__sync_fetch_and_and(&conn->state, ~STATE_YOUNG) & STATE_YOUNG) {
 		__sync_fetch_and_add(&ctl->young, -1);
 		count_event(EVENT_MATURED);
+		journal_matured(conn);
 	}
 }
 

@@ -33,6 +33,7 @@ enum limits {
 	QUOTE_MAX = 512,	// bytes of a packet that our ICMP errors quote
 	CHECK_FRAME_MAX = 2048, // bytes of a frame that answers a check
 	CHECK_RING_BYTES = 1 << 22,
+	JOURNAL_RING_BYTES = 1 << 24,
 };
 
 // Who uses a CPU's scratch room: packets, or the daemon's program `tend`, which packets may interrupt.
@@ -119,6 +120,7 @@ enum event {
 	EVENT_REMOVED,		// an entry left the connection table
 	EVENT_COLLISION,	// nat: another connection's way back was in the way: another backend was chosen
 	EVENT_PATH_MTU,		// the way to a tunnel's end takes less than was known
+	EVENT_JOURNAL_LOST, // what became of a connection could not be told: the daemon reads too slowly, or not at all
 	EVENT_COUNT,
 };
 
@@ -464,6 +466,20 @@ struct reset {
 	__u32 flags;
 };
 
+// What becomes of entries of the connection table, for the daemon to keep on disk.
+enum journal_what {
+	JOURNAL_OPENED = 1,
+	JOURNAL_CHANGED = 2, // in what is kept of it: it has matured
+	JOURNAL_CLOSED = 3,  // tuple and generation alone
+};
+
+struct journal_event {
+	__u32 what;
+	__u32 family;
+	struct tuple6 tuple; // IPv4: a struct tuple4 stands in its first 16 bytes
+	struct connection connection;
+};
+
 // A frame that answers a check through a method, for the daemon.
 struct check_frame {
 	__u32 ifindex;
@@ -656,6 +672,8 @@ struct shared_types {
 	enum order order;
 	enum standing standing;
 	struct check_frame check_frame;
+	enum journal_what journal_what;
+	struct journal_event journal_event;
 	struct tend_request tend_request;
 	struct fill_request fill_request;
 };

@@ -6,7 +6,6 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
 
 	"github.com/cilium/ebpf"
@@ -143,6 +142,12 @@ func (u undo) run() (err error) {
 // then the program changes in the links that stand; then the pins; and only when nothing can fail any more are links
 // detached.
 func (l *Loader) apply(next *ebpf.Program, interfaces []string) (err error) {
+	var replaced []*ebpf.Program
+	defer func() {
+		for _, program := range replaced {
+			program.Close()
+		}
+	}()
 	var taken undo
 	defer func() {
 		if err != nil {
@@ -158,18 +163,39 @@ func (l *Loader) apply(next *ebpf.Program, interfaces []string) (err error) {
 		return err
 	}
 
-	var links, fresh, kept []*attachment
+	held, err := l.standingHolds()
+	if err != nil {
+		return err
+	}
+
+	var links, fresh, kept, taking []*attachment
 	for _, device := range devices {
 		index, name := device.Attrs().Index, device.Attrs().Name
-		if at := standing[index]; at != nil {
+		at := standing[index]
+		if at == nil {
+			at = held[index]
+		}
+		if at != nil {
 			if err := l.recognise(at, device); err != nil {
 				return fmt.Errorf("attach to %s: %w", name, err)
 			}
 			if err := l.prepare(device, modeOf(device), &taken); err != nil {
 				return fmt.Errorf("attach to %s: %w", name, err)
 			}
-			links, kept = append(links, at), append(kept, at)
+			links = append(links, at)
+			if at == standing[index] {
+				kept = append(kept, at)
+			} else {
+				taking = append(taking, at)
+			}
 			continue
+		}
+		if l.mode != ModeGeneric {
+			if l.held, err = releasePorts(device, l.held, l.holder, l.log, &taken, func(again *attachment) {
+				l.held = append(l.held, again)
+			}); err != nil {
+				return fmt.Errorf("attach to %s: %w", name, err)
+			}
 		}
 		at, err := l.attach(next, device)
 		if err != nil {
@@ -180,24 +206,29 @@ func (l *Loader) apply(next *ebpf.Program, interfaces []string) (err error) {
 		links, fresh = append(links, at), append(fresh, at)
 	}
 	for _, at := range kept {
-		old, release := l.programOf(at)
-		defer release()
-		if err := at.link.Update(next); err != nil {
-			return fmt.Errorf("replace the program in %s: %w", at.pin, err)
+		if err := l.exchange(at, next, &replaced, &taken); err != nil {
+			return err
 		}
-		l.log.Info("replaced the program in place", "pin", at.pin, "link", at.id, "before", at.program)
-		taken.add(func() error {
-			if old == nil {
-				return fmt.Errorf("%s keeps the new program: program %d can't be opened without CAP_SYS_ADMIN", at.pin,
-					at.program)
-			}
-			return at.link.Update(old)
-		})
 	}
+	pinned := l.pinned
 	if err := l.commit(next, fresh, devices, &taken); err != nil {
 		return err
 	}
+	// Only now, with maps and program there for all to find: one that is killed here leaves links that the next start
+	// knows, held or taken over.
+	for _, at := range taking {
+		if err := l.exchange(at, next, &replaced, &taken); err != nil {
+			return err
+		}
+		if err := movePin(at, l.dir(), &taken); err != nil {
+			return err
+		}
+	}
+	if pinned != nil {
+		pinned.Close()
+	}
 	l.reviewTargets(devices)
+	l.endHold(taking)
 
 	for _, at := range l.links {
 		if slices.Contains(links, at) {
@@ -210,6 +241,27 @@ func (l *Loader) apply(next *ebpf.Program, interfaces []string) (err error) {
 		l.log.Info("detached", "pin", at.pin, "ifindex", at.index)
 	}
 	l.links = links
+	return nil
+}
+
+// exchange changes the program in a link that stands. A program that it opens, to be able to put it back, is added to
+// replaced.
+func (l *Loader) exchange(at *attachment, next *ebpf.Program, replaced *[]*ebpf.Program, taken *undo) error {
+	old, opened := l.programOf(at)
+	if opened {
+		*replaced = append(*replaced, old)
+	}
+	if err := at.link.Update(next); err != nil {
+		return fmt.Errorf("replace the program in %s: %w", at.pin, err)
+	}
+	l.log.Info("replaced the program in place", "pin", at.pin, "link", at.id, "before", at.program)
+	taken.add(func() error {
+		if old == nil {
+			return fmt.Errorf("%s keeps the new program: program %d can't be opened without CAP_SYS_ADMIN", at.pin,
+				at.program)
+		}
+		return at.link.Update(old)
+	})
 	return nil
 }
 
@@ -276,17 +328,17 @@ func (l *Loader) recognise(at *attachment, device netlink.Link) error {
 	return nil
 }
 
-// programOf opens the program that a link runs, to be able to put it back.
-func (l *Loader) programOf(at *attachment) (_ *ebpf.Program, release func()) {
-	for _, known := range []*ebpf.Program{l.programs.Fairlead, l.pinned} {
+// programOf is the program that a link runs, to be able to put it back; nil: it can't be had. opened: to be closed.
+func (l *Loader) programOf(at *attachment) (_ *ebpf.Program, opened bool) {
+	for _, known := range []*ebpf.Program{l.programs.Fairlead, l.pinned, l.holder} {
 		if known != nil && programID(known) == at.program {
-			return known, func() {}
+			return known, false
 		}
 	}
 	if program, err := ebpf.NewProgramFromID(at.program); err == nil {
-		return program, func() { program.Close() }
+		return program, true
 	}
-	return nil, func() {}
+	return nil, false
 }
 
 func programID(program *ebpf.Program) ebpf.ProgramID {
@@ -403,20 +455,28 @@ func (l *Loader) commit(program *ebpf.Program, fresh []*attachment, devices []ne
 	if err := os.Rename(from, to); err != nil {
 		return fmt.Errorf("make pins visible: %w", err)
 	}
-	if l.pinned != nil {
-		l.pinned.Close()
-	}
+	old, unpinned := l.pinned, l.unpinned
 	l.pinned, l.unpinned = pin, nil
+	taken.add(func() error {
+		l.pinned, l.unpinned = old, unpinned
+		if first {
+			return os.Rename(to, from)
+		}
+		if old == nil {
+			return os.Remove(to)
+		}
+		back, err := old.Clone()
+		if err != nil {
+			return err
+		}
+		defer back.Close()
+		return errors.Join(back.Pin(from), os.Rename(from, to))
+	})
 	return nil
 }
 
-// pinName names a link for its interface. Where a renamed interface left its old name on another's link, the number
-// goes with it.
+// pinName names a link for its interface.
 func (l *Loader) pinName(index int, devices []netlink.Link) string {
 	at := slices.IndexFunc(devices, func(d netlink.Link) bool { return d.Attrs().Index == index })
-	name := linkPrefix + encodeName.Replace(devices[at].Attrs().Name)
-	if _, err := os.Lstat(filepath.Join(l.dir(), name)); err == nil {
-		return name + "_" + strconv.Itoa(index)
-	}
-	return name
+	return filepath.Base(freePin(l.dir(), linkPrefix+encodeName.Replace(devices[at].Attrs().Name), index))
 }

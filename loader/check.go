@@ -209,11 +209,10 @@ func checkInterface(name string, mode XDPMode, frags bool, opts Options) (*egres
 		add(LevelFail, "is of type "+attrs.EncapType+", not Ethernet", "attach to the Ethernet device below it")
 		return nil, findings
 	}
-	attached := false
+	attached, held := false, false
 	if xdp := attrs.Xdp; xdp != nil && xdp.Attached {
-		if ownProgram(opts.PinPath, attrs.Index, ebpf.ProgramID(xdp.ProgId)) {
-			attached = true
-		} else {
+		held = holds(opts.PinPath, attrs.Index, ebpf.ProgramID(xdp.ProgId))
+		if attached = held || ownProgram(opts.PinPath, attrs.Index, ebpf.ProgramID(xdp.ProgId)); !attached {
 			add(LevelFail, foreign(c.Link, unix.EBUSY).Error(), "")
 		}
 	}
@@ -221,7 +220,11 @@ func checkInterface(name string, mode XDPMode, frags bool, opts Options) (*egres
 		if now := modeOf(c.Link); now != "" {
 			mode = now
 		}
-		add(LevelOK, "fairlead is attached, xdp "+string(mode), "")
+		what := "fairlead is attached, xdp "
+		if held {
+			what = "is held until fairlead is attached, xdp "
+		}
+		add(LevelOK, what+string(mode), "")
 	} else {
 		mode, findings = c.expect(mode, frags, findings)
 	}
@@ -279,7 +282,17 @@ func (c *card) expect(mode XDPMode, frags bool, findings []Finding) (XDPMode, []
 // ownProgram says whether the program on an interface is the one of a link pinned under the pin path.
 func ownProgram(pinPath string, index int, program ebpf.ProgramID) bool {
 	links, err := Links(pinPath)
-	return err == nil && slices.ContainsFunc(links, func(at Attachment) bool {
+	return err == nil && contains(links, index, program)
+}
+
+// holds says whether it is the one of a link of a hold's.
+func holds(pinPath string, index int, program ebpf.ProgramID) bool {
+	s, err := ReadHold(pinPath)
+	return err == nil && contains(s.Interfaces, index, program)
+}
+
+func contains(links []Attachment, index int, program ebpf.ProgramID) bool {
+	return slices.ContainsFunc(links, func(at Attachment) bool {
 		return at.Index == index && (program == 0 || at.Program == program)
 	})
 }

@@ -9,6 +9,8 @@ import (
 	"github.com/cilium/ebpf/link"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"fairlead/bpf"
 )
 
 // ErrForeign is matched by the errors that say that somebody else's program is on an interface.
@@ -44,7 +46,7 @@ func (e *ForeignError) Error() string {
 		way = fmt.Sprintf("`bpftool link detach id %d` takes it off", e.Link)
 	}
 	whose := "find out who put it there; if nobody needs it,"
-	if e.Name == "fairlead" {
+	if e.Name == "fairlead" || e.Name == bpf.HoldProgFairleadHold {
 		whose = "it seems to be a fairlead's with another pin_path: `fairlead unload` with its configuration, or"
 	}
 	return fmt.Sprintf("xdp program %d (%s) is on %s, and an interface holds one: %s %s", e.Program,

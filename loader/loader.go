@@ -1,6 +1,7 @@
 // Package loader brings the data plane into the kernel and keeps it there: it loads the programs with the constants of
 // a configuration, attaches them to interfaces, replaces them in place, pins what must outlive the daemon, and takes
-// all of it away again. Nothing but Unload, and an interface taken out of the configuration, ever ends forwarding.
+// all of it away again. Nothing but Unload, UnloadHeld, and an interface taken out of the configuration, ever ends
+// forwarding. Where nothing forwards yet, Hold keeps the host's own stack from resetting what is to be forwarded.
 package loader
 
 import (
@@ -26,6 +27,7 @@ type Settings struct {
 	Tunnel            bool // ipip or gue is in use
 	AffinityClient    bool // some service chooses by the client's address alone
 	Checks            bool // some checks go through their method
+	Journal           bool // what becomes of connections is told, for the daemon to keep on disk
 	// Connections is the capacity of the connection table, HalfOpen that of the half-open table, in connections of each
 	// family. 0 takes the size that the programs were compiled with. Sizes of maps already pinned are kept.
 	Connections uint32
@@ -72,7 +74,10 @@ type Loader struct {
 	pinned     *ebpf.Program         // what the pin of the program holds
 	unpinned   map[string]*ebpf.Map  // made by this start; pinned once attaching succeeds
 	byName     map[string]*ebpf.Map  // all of maps
+	adopted    bool                  // the connection table was there
 	links      []*attachment         // every one of them pinned, or about to be
+	held       []*attachment         // those of a hold, until Attach takes them over or releases them
+	holder     *ebpf.Program         // the pinned program of that hold; nil: none
 	closed     bool
 }
 
@@ -119,16 +124,26 @@ func Open(opts Options) (_ *Loader, err error) {
 	if err := removePins(l.stagingDir(), nil); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, fmt.Errorf("clear away an unfinished start: %w", err)
 	}
+	if err := settleHolds(l.path, l.log); err != nil {
+		return nil, err
+	}
 	adopted, err := pinnedMaps(l.dir(), nil)
 	if err != nil {
 		return nil, err
 	}
 	defer closeMaps(adopted)
+	_, l.adopted = adopted[bpf.FairleadMapConnections4]
 	if l.pinned, err = ebpf.LoadPinnedProgram(filepath.Join(l.dir(), programPin), nil); err != nil &&
 		!errors.Is(err, os.ErrNotExist) {
 		return nil, fmt.Errorf("open the pinned program: %w", err)
 	}
 	if l.links, err = pinnedLinks(l.dir()); err != nil {
+		return nil, err
+	}
+	if l.held, err = pinnedLinks(holdDir(l.path)); err != nil {
+		return nil, err
+	}
+	if l.holder, err = openPinned(filepath.Join(holdDir(l.path), holdVersion(), programPin)); err != nil {
 		return nil, err
 	}
 
@@ -156,6 +171,11 @@ func Open(opts Options) (_ *Loader, err error) {
 	return l, nil
 }
 
+// Adopted tells whether the connection table was pinned already: an earlier daemon's, of this boot of the host.
+func (l *Loader) Adopted() bool {
+	return l.adopted
+}
+
 // Maps are the data plane's maps: the same for the life of the Loader, closed by its Close.
 func (l *Loader) Maps() *bpf.FairleadMaps { return l.maps }
 
@@ -174,8 +194,9 @@ func (l *Loader) Settings() Settings {
 }
 
 // Attach attaches the program to every interface of the options, and pins links, program and maps. An interface that
-// has a pinned link keeps it: the program is replaced in place, no packet passes unseen. It happens whole or not at all:
-// on an error everything is as it was before. Once it stands, links of interfaces no longer named are detached.
+// has a pinned link keeps it, be it an earlier Attach's or a Hold's: the program is replaced in place, no packet passes
+// unseen. It happens whole or not at all: on an error everything is as it was before. Once it stands, links of
+// interfaces no longer named are detached, and nothing is held any more.
 //
 // Errors: *ForeignError (ErrForeign), where another program is on an interface.
 func (l *Loader) Attach() error {
@@ -217,8 +238,10 @@ func (l *Loader) Close() error {
 		return nil
 	}
 	l.closed = true
-	for _, at := range l.links {
-		at.link.Close()
+	closeLinks(l.links)
+	closeLinks(l.held)
+	if l.holder != nil {
+		l.holder.Close()
 	}
 	closePrograms(l.previous)
 	closePrograms(l.programs)

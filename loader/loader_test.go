@@ -31,6 +31,9 @@ func TestMain(m *testing.M) {
 	if held := os.Getenv("FLLOAD_HOLD"); held != "" {
 		holdLock(held)
 	}
+	if path := os.Getenv(cycleVar); path != "" {
+		cycleHold(path)
+	}
 	if err := requireBPFFS(testPins); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
@@ -579,7 +582,7 @@ func TestSizesAreKept(t *testing.T) {
 	l := b.attach(opts)
 	equal(t, "settings", l.Settings(), small)
 	equal(t, "size of the table", l.Maps().Connections4.MaxEntries(), small.Connections)
-	for _, part := range []string{"unload first", "wanted=9000", "size=4096", "connections4"} {
+	for _, part := range []string{"unload and start again", "wanted=9000", "size=4096", "connections4"} {
 		if !strings.Contains(b.log.String(), part) {
 			t.Errorf("%q is not in the log: %s", part, b.log.String())
 		}

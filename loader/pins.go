@@ -19,6 +19,7 @@ import (
 
 // Under the pin path stands one directory a schema version. In it: every map by its name, the program in force, and a
 // link an interface. A first start builds the directory beside its place and renames it, so that nobody sees half of it.
+// Beside them may stand that of a hold: see hold.go.
 const (
 	bpffsRoot     = "/sys/fs/bpf"
 	programPin    = "program"
@@ -83,8 +84,8 @@ func OpenMaps(pinPath string) (*bpf.FairleadMaps, io.Closer, error) {
 	return maps, maps, nil
 }
 
-// Unload detaches every link and removes every pin of every schema version under the pin path, and returns the paths
-// it removed. Forwarding ends, and the connections noted are forgotten.
+// Unload detaches every link and removes every pin of every schema version under the pin path, those of a Hold too, and
+// returns the paths it removed. Forwarding ends, and the connections noted are forgotten.
 //
 // Errors: ErrNothing (nothing was there), ErrLocked (a daemon runs: stop it first).
 func Unload(pinPath string) (removed []string, err error) {
@@ -106,12 +107,15 @@ func Unload(pinPath string) (removed []string, err error) {
 	for _, dir := range dirs {
 		err = errors.Join(err, removePins(dir, &removed))
 	}
+	for _, dir := range []string{holdDir(path), holdDir(path) + stagingSuffix} {
+		err = errors.Join(err, removeHold(dir, &removed))
+	}
 	if err != nil {
 		return removed, fmt.Errorf("unload: %w", err)
 	}
 	// Others may keep things beside ours; then the directory stays.
 	_ = os.Remove(path)
-	if len(dirs) == 0 {
+	if len(dirs) == 0 && len(removed) == 0 {
 		return nil, fmt.Errorf("unload: %w under %s", ErrNothing, path)
 	}
 	return removed, nil

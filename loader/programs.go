@@ -53,6 +53,7 @@ func load(s Settings, present map[string]*ebpf.Map, log *slog.Logger) (*ebpf.Col
 		bpf.FairleadVarUseUdp:             truth(s.UDP),
 		bpf.FairleadVarUseAffinityClient:  truth(s.AffinityClient),
 		bpf.FairleadVarUseChecks:          truth(s.Checks),
+		bpf.FairleadVarUseJournal:         truth(s.Journal),
 		bpf.FairleadVarConnectionCapacity: s.Connections,
 		// As many may be young as a flood may take, without displacing what is proven alive.
 		bpf.FairleadVarYoungBudget: max(s.Connections/8, 1),
@@ -93,7 +94,7 @@ func size(spec *ebpf.CollectionSpec, names []string, want uint32, present map[st
 	}
 	if len(kept) > 0 && want != 0 {
 		slices.Sort(kept)
-		log.Warn("the pinned tables keep their size; to change it, unload first: that forgets their connections",
+		log.Warn("the pinned tables keep their size; to change it, unload and start again: connections come back from the state directory",
 			"maps", strings.Join(kept, " "), "size", room, "wanted", want)
 	}
 	return room

@@ -104,6 +104,7 @@ const (
 	EventTableFull    = Event(bpf.FairleadEventEVENT_TABLE_FULL)
 	EventInsertFailed = Event(bpf.FairleadEventEVENT_INSERT_FAILED)
 	EventPortStolen   = Event(bpf.FairleadEventEVENT_PORT_STOLEN)
+	EventJournalLost  = Event(bpf.FairleadEventEVENT_JOURNAL_LOST)
 )
 
 // String is the event's name.

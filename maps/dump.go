@@ -72,6 +72,7 @@ func (s *Set) Dump(inv *Inventory, name string, service *Service, visit func(Rec
 				return d.natBackend(wordsAddress(familyIPv6, k.Address), k.Port, k.Protocol, *v)
 			})
 		},
+		bpf.FairleadMapJournal:   d.journal,
 		bpf.FairleadMapPaths:     d.paths,
 		bpf.FairleadMapPortFlags: d.portFlags,
 		bpf.FairleadMapPools:     d.pools,
@@ -451,6 +452,11 @@ func (d *dumper) clocks() error {
 		}
 	}
 	return nil
+}
+
+// journal shows no events: reading them would take them from the daemon.
+func (d *dumper) journal() error {
+	return d.visit(Record{{"capacity", d.raw.Journal.MaxEntries()}})
 }
 
 // checkFrames shows no frames: reading them would take them from the daemon.

@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/cilium/ebpf"
@@ -98,6 +99,7 @@ type Manager struct {
 	epoch      time.Duration
 	log        *slog.Logger
 
+	revision atomic.Uint64
 	tendLock sync.Mutex // held while `tend` runs, and when it is changed; last of the two
 
 	mu       sync.Mutex
@@ -106,8 +108,9 @@ type Manager struct {
 	sources  map[uint32]*Source
 	pools    map[poolKey]uint32
 	rings    map[uint32]*liveRing
-	pending  []pendingPool       // numbered, to be filled by this Apply
-	wanted   map[netip.Addr]bool // source addresses in the configuration
+	pending  []pendingPool        // numbered, to be filled by this Apply
+	wanted   map[netip.Addr]bool  // source addresses in the configuration
+	reserved map[portKey]*portSet // ports of connections about to be restored
 
 	own          map[netip.Addr]bool       // addresses of XDP's own
 	addresses    map[netip.Addr]AddressUse // as the maps have them
@@ -266,6 +269,7 @@ func (m *Manager) Apply(w Wanted, hop func(netip.Addr) NextHop) (changes []strin
 	if err := m.refuse(w); err != nil {
 		return nil, err
 	}
+	m.revision.Add(1)
 	say := func(format string, args ...any) { changes = append(changes, fmt.Sprintf(format, args...)) }
 
 	m.wanted = make(map[netip.Addr]bool)
@@ -603,6 +607,20 @@ func (m *Manager) Backends() (list []ServiceBackend) {
 	}
 	slices.SortFunc(list, func(a, b ServiceBackend) int { return int(a.Backend.ID) - int(b.Backend.ID) })
 	return list
+}
+
+// Revision grows before any number of a backend or a source address can come to mean something else than it did.
+func (m *Manager) Revision() uint64 { return m.revision.Load() }
+
+// SourceAddresses are fullnat's, by number.
+func (m *Manager) SourceAddresses() map[uint32]netip.Addr {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	all := make(map[uint32]netip.Addr, len(m.sources))
+	for id, s := range m.sources {
+		all[id] = s.Address
+	}
+	return all
 }
 
 // ServiceBackend is a backend and its service.

@@ -1,9 +1,9 @@
 package maps
 
 import (
-	"encoding/binary"
 	"errors"
 	"fmt"
+	"net/netip"
 	"slices"
 
 	"github.com/cilium/ebpf"
@@ -130,23 +130,20 @@ func (m *Manager) putPools() (err error) {
 }
 
 func (m *Manager) fillPool(p pendingPool) error {
-	count := uint32(p.src.Last-p.src.First) + 1
-	for done := uint32(0); done < count; {
-		part := min(count-done, uint32(bpf.FairleadLimitsFILL_PORTS))
-		request := bpf.FairleadFillRequest{Pool: p.id, FirstPort: uint32(p.src.First) + done, Count: part}
-		packet, err := binary.Append(nil, binary.NativeEndian, &request)
-		if err != nil {
+	reserved := m.reserved[portKey{netip.AddrPortFrom(p.key.address, p.key.port), p.key.protocol, p.src.Address}]
+	for first, end := uint32(p.src.First), uint32(p.src.Last)+1; first < end; {
+		if reserved.has(uint16(first)) {
+			first++
+			continue
+		}
+		count := uint32(1)
+		for first+count < end && count < uint32(bpf.FairleadLimitsFILL_PORTS) && !reserved.has(uint16(first+count)) {
+			count++
+		}
+		if err := m.fillPorts(p.id, first, count); err != nil {
 			return err
 		}
-		verdict, err := m.fill.Run(&ebpf.RunOptions{Data: packet})
-		if err != nil {
-			return fmt.Errorf("fill port pool %d: %w", p.id, err)
-		}
-		if verdict != xdpPass {
-			return fmt.Errorf("fill port pool %d with ports from %d: the queue does not take them (answer %d)",
-				p.id, request.FirstPort, verdict)
-		}
-		done += part
+		first += count
 	}
 	if err := m.set.raw.Pools.Put(p.id, &bpf.FairleadPool{
 		Source: p.src.ID, Address: addressWords(p.key.address), Port: portWire(p.key.port),

@@ -47,6 +47,7 @@ var purposes = map[string]string{
 	bpf.FairleadMapHalfReplies6:   "ways back of half-open connections, IPv6",
 	bpf.FairleadMapNatBackends4:   "backends by nat, by IPv4 address, port and protocol",
 	bpf.FairleadMapNatBackends6:   "backends by nat, by IPv6 address, port and protocol",
+	bpf.FairleadMapJournal:        "what became of connections, for the daemon to keep on disk",
 	bpf.FairleadMapPaths:          "ends of tunnels, and what routers said of the way there",
 	bpf.FairleadMapPools:          "port pools: a source address towards a backend",
 	bpf.FairleadMapPortFlags:      "what port numbers may be to us: a service's, a source port, a backend's",

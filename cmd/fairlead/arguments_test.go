@@ -37,6 +37,8 @@ func TestArrange(t *testing.T) {
 		"connections get 1.2.3.4:5 -o":             "fairlead connections get -o",
 		"backends drain ws1 --rate 500/s --wait":   "fairlead backends drain --rate 500/s --wait -- ws1",
 		"backends --wait drain drain -c x":         "fairlead backends drain --wait -c x -- drain",
+		"state restore show --dry-run":             "fairlead state restore --dry-run -- show",
+		"state show --dir state --state idle":      "fairlead state show --dir state --state idle",
 		"flows close 1.2.3.4:5->chat":              "fairlead connections close -- 1.2.3.4:5->chat",
 		"connections count --idle=5m --state idle": "fairlead connections count --idle=5m --state idle",
 	} {
@@ -139,6 +141,17 @@ func TestExitCodesAndMessages(t *testing.T) {
 		{"maps list", exitNothing, "", "nothing is attached"},
 		{"maps dump control", exitNothing, "", "nothing is attached"},
 		{"unload", exitNothing, "", "nothing is attached"},
+
+		{"state", exitUsage, "", "state what? one of show, verify, save, restore"},
+		{"state save", exitUsage, "", "usage: fairlead state save DIR [flags]"},
+		{"state save one two", exitUsage, "", `state save: one argument too many: "two"`},
+		{"state save one", exitNothing, "", "nothing is attached"},
+		{"state restore one --dry", exitUsage, "", "there is no flag --dry: did you mean --dry-run?"},
+		{"state show -c testdata/absent.yaml", exitFailed, "", "with --dir DIR this command does without the configuration"},
+		{"state verify -c testdata/absent.yaml", exitFailed, "", "--dir DIR"},
+		{"state restore testdata -c testdata/absent.yaml", exitFailed, "", "testdata/absent.yaml: no such file"},
+		{"completion bash", exitDone, "'state restore') offer='--damaged --dry-run --config' directories=-d ;;", ""},
+		{"completion fish", exitDone, "-l dir -x -a '(__fish_complete_directories)'", ""},
 
 		{"version", exitDone, "fairlead development", ""},
 		{"version -o json", exitDone, `"schema": 3`, ""},

@@ -57,7 +57,10 @@ func commandNames(commands []*cli.Command) (names []string) {
 	return names
 }
 
-// bashCompletion offers commands, then their flags; files after -c and --socket.
+// takesDirectory tells whether a command's argument is a directory.
+func takesDirectory(c *cli.Command) bool { return c.ArgsUsage == "DIR" }
+
+// bashCompletion offers commands, then their flags; files after -c and --socket, directories where they are asked for.
 func bashCompletion(app *cli.App) string {
 	var cases strings.Builder
 	var walk func(commands []*cli.Command, before string)
@@ -65,17 +68,19 @@ func bashCompletion(app *cli.App) string {
 		for _, c := range commands {
 			for _, name := range c.Names() {
 				place := strings.TrimPrefix(before+" "+name, " ")
-				fmt.Fprintf(&cases, "\t'%s') offer='%s' ;;\n", place,
-					strings.Join(append(commandNames(c.Subcommands), flagWords(c)...), " "))
+				directories := map[bool]string{true: " directories=-d"}[takesDirectory(c)]
+				fmt.Fprintf(&cases, "\t'%s') offer='%s'%s ;;\n", place,
+					strings.Join(append(commandNames(c.Subcommands), flagWords(c)...), " "), directories)
 				walk(c.Subcommands, place)
 			}
 		}
 	}
 	walk(app.Commands, "")
 	return `_fairlead() {
-	local word=${COMP_WORDS[COMP_CWORD]} before=${COMP_WORDS[COMP_CWORD-1]} place= w offer
+	local word=${COMP_WORDS[COMP_CWORD]} before=${COMP_WORDS[COMP_CWORD-1]} place= w offer directories=
 	case $before in
 	-c|--config|--socket) COMPREPLY=($(compgen -f -- "$word")); return ;;
+	--dir|--pin-path) COMPREPLY=($(compgen -d -- "$word")); return ;;
 	-o|--output) COMPREPLY=($(compgen -W '` + strings.Join(formats, " ") + `' -- "$word")); return ;;
 	esac
 	for w in "${COMP_WORDS[@]:1:COMP_CWORD-1}"; do
@@ -88,7 +93,7 @@ func bashCompletion(app *cli.App) string {
 	'') offer='` + strings.Join(commandNames(app.Commands), " ") + `' ;;
 ` + cases.String() + `	*) offer= ;;
 	esac
-	COMPREPLY=($(compgen -W "$offer" -- "$word"))
+	COMPREPLY=($(compgen $directories -W "$offer" -- "$word"))
 }
 complete -F _fairlead fairlead
 `
@@ -109,9 +114,17 @@ func fishCompletion(app *cli.App) string {
 			seen := condition + "; and __fish_seen_subcommand_from " + strings.Join(c.Names(), " ")
 			for _, f := range c.Flags {
 				long := slices.IndexFunc(f.Names(), func(n string) bool { return len(n) > 1 })
-				if long >= 0 {
-					fmt.Fprintf(&b, "complete -c fairlead -n %s -l %s\n", quote(seen), f.Names()[long])
+				if long < 0 {
+					continue
 				}
+				argument := ""
+				if name := f.Names()[long]; name == "dir" || name == "pin-path" {
+					argument = " -x -a '(__fish_complete_directories)'"
+				}
+				fmt.Fprintf(&b, "complete -c fairlead -n %s -l %s%s\n", quote(seen), f.Names()[long], argument)
+			}
+			if takesDirectory(c) {
+				fmt.Fprintf(&b, "complete -c fairlead -n %s -a '(__fish_complete_directories)'\n", quote(seen))
 			}
 			walk(c.Subcommands, seen)
 		}

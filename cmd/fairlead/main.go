@@ -95,7 +95,7 @@ func newApp(stdout, stderr io.Writer, env func(string) string) *cli.App {
 		ExitErrHandler:  func(*cli.Context, error) {}, // run decides
 		Commands: []*cli.Command{
 			runCommand(), checkCommand(), demoCommand(), benchCommand(), statusCommand(), backendsCommand(),
-			connectionsCommand(), explainCommand(), mapsCommand(), reloadCommand(), unloadCommand(), decapCommand(), versionCommand(), completionCommand(),
+			connectionsCommand(), explainCommand(), mapsCommand(), stateCommand(), reloadCommand(), unloadCommand(), holdCommand(), decapCommand(), versionCommand(), completionCommand(),
 		},
 	}
 	finish(app.Commands, config)

@@ -2,9 +2,11 @@ package main
 
 import (
 	"fmt"
+	"log/slog"
 
 	"github.com/urfave/cli/v2"
 
+	"fairlead/userspace/config"
 	"fairlead/userspace/daemon"
 )
 
@@ -14,16 +16,20 @@ func unloadCommand() *cli.Command {
 		Usage: "end forwarding: detach the programs, remove every pin",
 		Description: "The connections noted are forgotten: those by fullnat break. A running daemon is to be stopped first;\n" +
 			"a stop alone ends nothing. Prints what was removed.",
-		Flags: []cli.Flag{outputFlag(), pinPathFlag()},
+		Flags: []cli.Flag{outputFlag(), pinPathFlag(), &cli.BoolFlag{Name: "hold",
+			Usage: "from then on, hold what is for services, as `fairlead hold` does: no connection is reset"}},
 		Action: func(c *cli.Context) error {
 			if _, err := words(c, 0, 0); err != nil {
 				return err
 			}
-			path, _, err := pinPath(c)
-			if err != nil {
+			removed, failed := []string(nil), error(nil)
+			if c.Bool("hold") {
+				removed, failed = unloadHeld(c)
+			} else if path, _, err := pinPath(c); err != nil {
 				return err
+			} else {
+				removed, failed = daemon.Unload(path)
 			}
-			removed, failed := daemon.Unload(path)
 			if isJSON(c) {
 				l := newList[string](c.App.Writer, formatOf(c))
 				for _, pin := range removed {
@@ -42,4 +48,27 @@ func unloadCommand() *cli.Command {
 			return failed
 		},
 	}
+}
+
+// unloadHeld leaves what is for services to the program of `fairlead hold`.
+func unloadHeld(c *cli.Context) (removed []string, err error) {
+	if c.IsSet("pin-path") {
+		return nil, wrongUsage("unload: --hold goes by the configuration, and so without --pin-path")
+	}
+	cfg, err := config.Load(c.String("config"))
+	if err != nil {
+		return nil, err
+	}
+	options, err := daemon.HoldOptions(cfg)
+	if err != nil {
+		return nil, err
+	}
+	options.Logger = slog.New(slog.DiscardHandler)
+	report, removed, err := daemon.UnloadHeld(options)
+	if report != nil && !isJSON(c) {
+		for _, at := range report.Held {
+			fmt.Fprintf(c.App.Writer, "%s is held: `fairlead run` takes over, `fairlead unload` lets go\n", at.Interface)
+		}
+	}
+	return removed, err
 }

@@ -57,6 +57,13 @@ func openView(c *cli.Context) (*view, error) {
 		if pid := loader.Holder(path); pid != 0 {
 			what = fmt.Sprintf("a daemon runs (pid %d), and has attached nothing: its log says why", pid)
 		}
+		if s, err := loader.ReadHold(path); err == nil {
+			var names []string
+			for _, at := range s.Interfaces {
+				names = append(names, at.Interface)
+			}
+			what += fmt.Sprintf("; held meanwhile: %s (`fairlead hold --status`)", strings.Join(names, ", "))
+		}
 		return nil, fmt.Errorf("%w; %s", err, what)
 	}
 	if err != nil {

@@ -13,10 +13,12 @@ import (
 	"reflect"
 	"time"
 
+	sd "github.com/coreos/go-systemd/v22/daemon"
 	"golang.org/x/sync/errgroup"
 
 	"fairlead/loader"
 	"fairlead/maps"
+	"fairlead/maps/journal"
 	"fairlead/userspace/announce"
 	"fairlead/userspace/config"
 	"fairlead/userspace/control"
@@ -60,7 +62,8 @@ type daemon struct {
 	calls    chan call
 	again    time.Time // when to judge backends anew though nothing happened; zero: never
 
-	running   context.Context // the daemon's own
+	running   context.Context  // the daemon's own
+	journal   *journal.Journal // nil: connections are not kept on disk
 	tasks     *errgroup.Group
 	through   *through.Stack // nil: no check has needed it yet
 	socket    *probe.Socket
@@ -120,6 +123,7 @@ func Run(ctx context.Context, opts Options) (err error) {
 	if opts.Ready != nil {
 		opts.Ready()
 	}
+	d.tell(sd.SdNotifyReady)
 
 	// Steady state.
 	tasks.Go(func() error { return d.manager.Keep(ctx) })
@@ -131,8 +135,12 @@ func Run(ctx context.Context, opts Options) (err error) {
 	}
 	tasks.Go(func() error { return d.followDevices(ctx) })
 	tasks.Go(func() error { return d.complain(ctx) })
+	tasks.Go(func() error { return d.keepJournal(ctx) })
+	tasks.Go(func() error { return d.takeSnapshots(ctx) })
+	tasks.Go(func() error { return d.feedWatchdog(ctx) })
 	tasks.Go(func() error { return d.follow(ctx, opts.Reload) })
 	err = tasks.Wait()
+	d.tell(sd.SdNotifyStopping)
 
 	// Stop.
 	if n := len(d.loader.Attachments()); n > 0 {
@@ -223,10 +231,20 @@ func (d *daemon) start(ctx context.Context) error {
 		return err
 	}
 	d.watcher.SetDestinations(d.destinationsInUse())
+	d.openJournal()
+	fresh := !d.loader.Adopted()
+	if fresh {
+		d.reserve()
+	}
 	if len(attached) == 0 {
 		// The maps first: no packet meets a program that has nothing to go by.
 		if _, err := d.apply(wanted); err != nil {
 			return err
+		}
+		if fresh {
+			if err := d.restoreConnections(ctx); err != nil {
+				return err
+			}
 		}
 		return d.loader.Attach()
 	}
@@ -319,7 +337,7 @@ func (d *daemon) reload(ctx context.Context) (changes []string, err error) {
 		return nil, err
 	}
 	d.watcher.SetDestinations(append(destinations(cfg), d.destinationsInUse()...))
-	moved := d.drain(ctx, d.resolved(ctx, cfg), nextHopsTime)
+	moved := d.drain(ctx, d.resolved(ctx, destinations(cfg)), nextHopsTime)
 	defer func() {
 		if later := d.nextHopsChanged(moved); later != nil {
 			d.log.Error("follow next hops", "err", later)

@@ -44,13 +44,13 @@ func (d *daemon) destinationsInUse() []netip.Addr {
 	return list
 }
 
-// resolved is closed when every backend of a configuration has been looked up.
-func (d *daemon) resolved(ctx context.Context, cfg *config.Config) <-chan struct{} {
+// resolved is closed when all of these addresses have been looked up.
+func (d *daemon) resolved(ctx context.Context, list []netip.Addr) <-chan struct{} {
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
 		deadline := time.Now().Add(nextHopsTime)
-		for _, a := range destinations(cfg) {
+		for _, a := range list {
 			for {
 				hop, ok := d.watcher.Lookup(a)
 				if ok && hop.State != neighbor.Resolving || time.Now().After(deadline) || ctx.Err() != nil {
@@ -213,7 +213,7 @@ func mapsNextHop(h neighbor.NextHop) maps.NextHop {
 
 // settings are the load-time constants: what the configuration asks for, and what is yet living of earlier ones.
 func (d *daemon) settings(cfg *config.Config) (loader.Settings, error) {
-	s := loader.Settings{Connections: cfg.Dataplane.Connections, HalfOpen: cfg.Dataplane.HalfOpen}
+	s := loader.Settings{Connections: cfg.Dataplane.Connections, HalfOpen: cfg.Dataplane.HalfOpen, Journal: true}
 	for _, service := range cfg.Services {
 		s.IPv4 = s.IPv4 || service.Address.Is4()
 		s.IPv6 = s.IPv6 || service.Address.Is6()
@@ -322,11 +322,27 @@ func (d *daemon) interfaces(cfg *config.Config) ([]string, error) {
 			found[at.Interface] = true
 		}
 	}
+	if err := defaultRoutes(found); err != nil {
+		return nil, err
+	}
+	if len(found) == 0 {
+		return nil, errors.New("no interface has a route to the backends or to clients: name them in dataplane.interfaces")
+	}
+	list := make([]string, 0, len(found))
+	for name := range found {
+		list = append(list, name)
+	}
+	slices.Sort(list)
+	return list, nil
+}
+
+// defaultRoutes adds the Ethernet devices of default routes, by name.
+func defaultRoutes(found map[string]bool) error {
 	devices := make(map[int]bool)
 	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
 		routes, err := netlink.RouteListFiltered(family, &netlink.Route{Dst: nil}, netlink.RT_FILTER_DST)
 		if err != nil {
-			return nil, fmt.Errorf("list default routes: %w", err)
+			return fmt.Errorf("list default routes: %w", err)
 		}
 		for _, r := range routes {
 			devices[r.LinkIndex] = true
@@ -341,21 +357,13 @@ func (d *daemon) interfaces(cfg *config.Config) ([]string, error) {
 		}
 		link, err := netlink.LinkByIndex(index)
 		if err != nil {
-			return nil, fmt.Errorf("find device %d of a default route: %w", index, err)
+			return fmt.Errorf("find device %d of a default route: %w", index, err)
 		}
 		if link.Attrs().EncapType == "ether" {
 			found[link.Attrs().Name] = true
 		}
 	}
-	if len(found) == 0 {
-		return nil, errors.New("no interface has a route to the backends or to clients: name them in dataplane.interfaces")
-	}
-	list := make([]string, 0, len(found))
-	for name := range found {
-		list = append(list, name)
-	}
-	slices.Sort(list)
-	return list, nil
+	return nil
 }
 
 // attachments are what is attached by the pins; nothing, where there are none.
