@@ -94,7 +94,7 @@ bench: build ## nanoseconds a packet, by method, family and connections; BENCH=-
 
 .PHONY: test
 test: test-needs check-generate lint peers ## everything: generated code, lint, all tests
-	@$(bpffs); $(go_test) -timeout 15m ./... | $(GO) run ./test/summary
+	@$(bpffs); $(go_test) -p 2 -timeout 15m ./... | $(GO) run ./test/summary
 
 .PHONY: test-needs
 test-needs:
@@ -137,12 +137,14 @@ lint: ## gofmt, go vet, staticcheck, clang-format
 test-long: peers ## the long forms: 3,000 WebSockets by each method, 1,000,000 tuples and packets, 100,000 pinned connections, floods of 10,000,000, 1 GiB each way
 	@$(bpffs); { \
 		$(go_test) -timeout 60m ./test/e2e -connections=3000 -flows=3000 -deaths=15000 -bulk=1073741824 \
-			-path-bulk=1073741824 -source-ports=31744 || true; \
+			-path-bulk=1073741824 -source-ports=31744 -reboots=3000 || true; \
 		$(go_test) -timeout 10m ./test/e2e -run '^TestDrain$$' -drains=5000 || true; \
 		$(go_test) -timeout 20m ./test/e2e -run '^Test(Flapping|Reloads)$$' -flapping=5m -reloads=200 || true; \
+		$(go_test) -timeout 40m ./test/e2e -run '^Test(Killed|Upgrades)$$' -kills=100 -upgrades=50 -witnesses=10000 || true; \
 		$(go_test) -timeout 60m ./test/agreement -agreement.tuples=1000000 || true; \
 		$(go_test) -timeout 60m ./test/pinning -pinning.long || true; \
 		$(go_test) -timeout 60m ./test/model -model.packets=1000000 || true; \
+		$(go_test) -timeout 20m ./maps/journal -journal.corruptions=10000 -journal.rate=1m -journal.many || true; \
 		$(go_test) -timeout 10m ./userspace/health -health.crowd=60s || true; \
 		$(go_test) -timeout 20m ./test/flood -run '^(TestFlood|TestLRU)$$' -flood.connections=100000 \
 			-flood.packets=10000000 || true; \

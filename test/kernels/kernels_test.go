@@ -109,9 +109,10 @@ func TestKernels(t *testing.T) {
 	mustBuild(t, bin, "test/packet")
 	mustBuild(t, bin, "loader")
 	steps := []step{
-		{"load", []string{initPath, "-test.v=test2json", "-test.run=^TestLoad(Decap)?$"}},
+		{"load", []string{initPath, "-test.v=test2json", "-test.run=^TestLoad(Decap|Hold)?$"}},
 		{"packet", []string{"/packet.test", "-test.v=test2json"}},
 		{"decap", []string{"/loader.test", "-test.v=test2json", "-test.run=^TestDecap"}},
+		{"hold", []string{"/loader.test", "-test.v=test2json", "-test.run=^TestHold(Frames|Again|TakeOver)$"}},
 	}
 	if !*full {
 		packet := &steps[1]

@@ -95,6 +95,19 @@ func TestLoadDecap(t *testing.T) {
 	}
 }
 
+// TestLoadHold is the same for the program that stands in for the data plane until that is attached.
+func TestLoadHold(t *testing.T) {
+	spec, err := bpf.LoadHold()
+	if err != nil {
+		t.Fatal(err)
+	}
+	instructions, err := load(spec, bpf.HoldProgFairleadHold)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("%s%s %d", verifiedPrefix, bpf.HoldProgFairleadHold, instructions)
+}
+
 // load loads one program alone, and says how many instructions the verifier walked through. Of a refusal, the error
 // holds the end of the verifier's log.
 func load(spec *ebpf.CollectionSpec, name string) (uint32, error) {

@@ -87,7 +87,7 @@ func TestVirtio(t *testing.T) {
 	mustBuild(t, bin, "loader")
 	steps := []step{
 		{"devices", []string{"/loader.test", "-test.v=test2json",
-			"-test.run=^(TestEthtool|TestPeer|TestTargets|TestTagsOfPeer|TestVethQueues|TestUpperDevices|TestBond|TestGenericGRO)$"}},
+			"-test.run=^(TestEthtool|TestPeer|TestTargets|TestTagsOfPeer|TestVethQueues|TestUpperDevices|TestBond|TestGenericGRO|TestHoldBond)$"}},
 		{"virtio", []string{initPath, "-test.v=test2json", "-test.run=^TestVirtioGuest$", "-kernels.guest"}},
 	}
 	for _, s := range virtioSuites {
