@@ -206,14 +206,18 @@ func (d *Decap) look() error {
 	if err := d.at.refresh(); err != nil {
 		return fmt.Errorf("read link %s: %w", d.at.pin, err)
 	}
+	gone := fmt.Errorf("nothing is opened on %s any more: the interface is gone, or the link was detached: start again "+
+		"to attach anew", name)
 	if d.at.index == 0 {
-		return fmt.Errorf("nothing is opened on %s any more: the interface is gone, or the link was detached: start again "+
-			"to attach anew", name)
+		return gone
 	}
 	if !d.follow {
 		return nil
 	}
 	device, err := d.requests.LinkByIndex(d.at.index)
+	if errors.As(err, new(netlink.LinkNotFoundError)) { // the link will know in a moment
+		return gone
+	}
 	if err != nil {
 		return fmt.Errorf("find %s: %w", name, err)
 	}

@@ -1212,7 +1212,7 @@ func TestDecapFollows(t *testing.T) {
 	if err := <-ended; err == nil || !strings.Contains(err.Error(), "nothing is opened on fldecap any more") {
 		t.Errorf("Run on an interface that is gone: %v", err)
 	}
-	equal(t, "index of an interface that is gone", h.read().Attachment.Index, 0)
+	await(t, "an index of 0, as the interface is gone", func() bool { return h.read().Attachment.Index == 0 })
 	must(t, d.Close())
 	h.addDevice("fldecap")
 	d = h.attach(h.decapOptions("fldecap"))

@@ -24,7 +24,7 @@ var layouts = []any{
 	bpf.FairleadAddress6{}, bpf.FairleadBackend{}, bpf.FairleadBackendLabel{}, bpf.FairleadBitmapSet{},
 	bpf.FairleadBudget{}, bpf.FairleadClock{}, bpf.FairleadConnection{}, bpf.FairleadControlBlock{}, bpf.FairleadCounterSet{},
 	bpf.FairleadCheckFrame{}, bpf.FairleadDevice{}, bpf.FairleadFillRequest{}, bpf.FairleadFragment{}, bpf.FairleadFragmentKey{},
-	bpf.FairleadHalfOpen{}, bpf.FairleadHop{}, bpf.FairleadPath{}, bpf.FairleadPathKey{}, bpf.FairleadPool{},
+	bpf.FairleadHalfOpen{}, bpf.FairleadHop{}, bpf.FairleadJournalEvent{}, bpf.FairleadPath{}, bpf.FairleadPathKey{}, bpf.FairleadPool{},
 	bpf.FairleadPortSet{}, bpf.FairleadReply4{}, bpf.FairleadReply6{}, bpf.FairleadScratch{}, bpf.FairleadService{},
 	bpf.FairleadServiceKey4{}, bpf.FairleadServiceKey6{}, bpf.FairleadServiceLabel{}, bpf.FairleadSource{},
 	bpf.FairleadTendRecord{}, bpf.FairleadTendRequest{}, bpf.FairleadTraffic{}, bpf.FairleadTuple4{},
