@@ -39,7 +39,7 @@ func (m machine) boot(ctx context.Context) error {
 	arguments := fmt.Sprintf("console=ttyS0 loglevel=4 panic=-1 rdinit=%s -- -kernels.init -kernels.timeout=%s",
 		initPath, *timeout)
 	command := exec.CommandContext(ctx, "qemu-system-x86_64", append([]string{"-accel", "tcg", "-cpu", "max", "-smp", "2",
-		"-m", "1024", "-nodefaults", "-no-reboot", "-display", "none",
+		"-m", "3072", "-nodefaults", "-no-reboot", "-display", "none",
 		"-serial", "file:" + m.consolePath(), "-serial", "file:" + m.testsPath(),
 		"-kernel", m.kernel, "-initrd", m.initramfs, "-append", arguments}, m.devices...)...)
 	command.ExtraFiles = m.files
