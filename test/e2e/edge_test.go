@@ -96,6 +96,7 @@ type edge struct {
 	config   string
 	pinPath  string
 	global   []string // lines of the dataplane's section
+	stateDir string   // default: beside the configuration
 	process  *lab.Process
 	services []service
 	reloads  int
@@ -143,7 +144,7 @@ func (e *edge) write(services ...service) {
 		fmt.Fprintf(&b, "  %s\n", line)
 	}
 	fmt.Fprintf(&b, "control: {socket: %s/control.sock, http: \"\"}\nstate_dir: %s\nservices:\n",
-		filepath.Dir(e.config), filepath.Dir(e.config))
+		filepath.Dir(e.config), cmp.Or(e.stateDir, filepath.Dir(e.config)))
 	for i, s := range services {
 		fmt.Fprintf(&b, "- name: service%d\n  address: %q\n  port: %d\n  protocol: %s\n  method: %s\n", i, s.address, s.port,
 			cmp.Or(s.protocol, "tcp"), s.method)
